@@ -1,0 +1,215 @@
+"""The region-level bridge: CLIP's image encoder with region tokens (the paper's Sec. 3.2, Eq. 1-3, Fig. 4-5).
+
+CLIP's image transformer summarises a picture in one token, [CLS]. CLIP-RC adds M = m x m more tokens like it, each of
+which sees only the patches of its own cell of an m x m grid: CLIP's answer for a region, half way between an image and
+a pixel. An attention mask is all it takes. The sequence that goes through the transformer is
+
+    X = [ cls | K prompts | N = h x w patches in raster order | M regions in raster order ],   E = 1 + K + N + M tokens
+
+    python rlb_attention.py                     draws the mask of the paper's Fig. 5 (c) to region_mask.png
+    python rlb_attention.py --help              other grids, other region counts
+
+Symbols: B images, D_v the encoder's width, D the width of the space that images and text share, L layers.
+"""
+
+import argparse
+import math
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def may_attend(q: Tensor, k: Tensor, num_prompts: int, grid: tuple[int, int], region_grid: int) -> Tensor:
+    """Fig. 5: may the token at position `q` of the sequence attend to the token at position `k`?
+
+    cls, prompts -> cls, prompts, patches      patch -> cls, prompts, patches, the region token of its own cell
+    region token -> the patches of its own cell, itself
+
+    q, k: integer tensors of any shapes that broadcast; returns a bool tensor of the broadcast shape. This is the one
+    definition of the mask: everything else asks it.
+    """
+    h, w = grid
+    first_patch = 1 + num_prompts
+    first_region = first_patch + h * w
+
+    def cell(token: Tensor) -> Tensor:  # the region a patch lies in; a region token's own index (meaningless for others)
+        patch = token - first_patch
+        cell_of_patch = (patch // w * region_grid // h) * region_grid + patch % w * region_grid // w
+        return torch.where(token < first_region, cell_of_patch, token - first_region)
+
+    clip_tokens = (q < first_region) & (k < first_region)  # what CLIP and its prompts do anyway: everyone sees everyone
+    same_cell = (q >= first_patch) & (k >= first_patch) & (cell(q) == cell(k))
+    return clip_tokens | same_cell
+
+
+def region_mask(num_prompts: int, grid: int | tuple[int, int], region_grid: int) -> Tensor:
+    """Fig. 5 (c): the attention mask, the same in every layer.
+
+    num_prompts: K. grid: patches along a side, or (h, w). region_grid: m = sqrt(M), 0 for none.
+    Returns a bool tensor (E, E); entry [q, k] is True where q may attend to k.
+    Raises ValueError where m does not divide the grid.
+    """
+    h, w = (grid, grid) if isinstance(grid, int) else grid
+    if region_grid and (h % region_grid or w % region_grid):
+        raise ValueError(f"regions: a {region_grid}x{region_grid} grid of region tokens does not divide the {h}x{w} "
+                         f"patches into equal cells; choose another --regions or --crop-size")
+    position = torch.arange(1 + num_prompts + h * w + region_grid**2)
+    return may_attend(position[:, None], position[None, :], num_prompts, (h, w), region_grid)
+
+
+def masked_attention(x: Tensor, attention: nn.MultiheadAttention, mask: Tensor | None) -> Tensor:
+    """Eq. 2: softmax(Q K^T / sqrt(d) + Mask) V over several heads, with the weights of CLIP's own attention layer.
+
+    x: (B, E, D_v). mask: (E, E), True where a row's token may attend to a column's; None: no restriction.
+    Returns (B, E, D_v).
+    """
+    q, k, v = (F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (B, E, 3 D_v)
+               .unflatten(-1, (3, attention.num_heads, -1))  # (B, E, 3, heads, d)
+               .permute(2, 0, 3, 1, 4))  # (3, B, heads, E, d)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, E, d)
+    return attention.out_proj(out.transpose(1, 2).flatten(2))  # (B, E, D_v)
+
+
+class Encoder(nn.Module):
+    """Sec. 3.2, Fig. 4: CLIP's frozen image transformer with deep prompts and the region-level bridge.
+
+    visual: OpenAI's `clip.model.VisionTransformer`; its weights are frozen here.
+    num_prompts: K, new prompt tokens in each of the L layers. regions: M, a square number; 0 leaves the bridge out.
+    update_regions: train the M region tokens (Table 6's first row). dropout: of the prompts.
+    class_embedding_twice: the released code adds class_embedding to the [CLS] token a second time, after its position.
+
+    Trained: `prompts` (L, K, D_v), `prompt_proj`, `prompt_norm`, and `regions` (M, D_v) where update_regions says so.
+    """
+
+    def __init__(self, visual: nn.Module, num_prompts: int = 10, regions: int = 16, update_regions: bool = False,
+                 dropout: float = 0.1, class_embedding_twice: bool = True) -> None:
+        super().__init__()
+        self.region_grid = math.isqrt(regions)
+        if self.region_grid**2 != regions:
+            raise ValueError(f"regions: {regions} is not a square number; region tokens stand on an m x m grid")
+        self.visual = visual.requires_grad_(False)
+        self.class_embedding_twice = class_embedding_twice
+        width, patch_size = visual.conv1.out_channels, visual.conv1.kernel_size[0]
+
+        # Each region token starts as CLIP's own [CLS] input, so that CLIP treats a region as it would an image.
+        start = visual.class_embedding + visual.positional_embedding[0]  # (D_v)
+        self.regions = nn.Parameter(start.detach().repeat(regions, 1), requires_grad=update_regions)
+
+        bound = math.sqrt(6 / (3 * patch_size**2 + width))  # visual prompt tuning's start
+        self.prompts = nn.Parameter(torch.empty(len(visual.transformer.resblocks), num_prompts, width))
+        nn.init.uniform_(self.prompts, -bound, bound)
+        self.prompt_proj = nn.Linear(width, width)
+        nn.init.kaiming_normal_(self.prompt_proj.weight, mode="fan_out")
+        self.prompt_dropout = nn.Dropout(dropout)
+        self.prompt_norm = nn.LayerNorm(width, eps=1e-6)
+
+    def layer_prompts(self, layer: int, batch: int) -> Tensor:
+        """Sec. 3.2: P^l, the prompts that stand in the sequence during one layer. Returns (B, K, D_v)."""
+        return self.prompt_dropout(self.prompt_proj(self.prompts[layer]).expand(batch, -1, -1))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Eq. 1: X^0 without the prompts, [cls, patches, regions], after CLIP's first LayerNorm.
+
+        images: (B, 3, H, W), normalised; H and W multiples of the patch size. Returns (B, 1 + N + M, D_v).
+        """
+        visual, batch, patch_size = self.visual, len(images), self.visual.conv1.kernel_size[0]
+        if images.shape[-2] % patch_size or images.shape[-1] % patch_size:
+            raise ValueError(f"crop-size: an image of {images.shape[-1]}x{images.shape[-2]} pixels is not a whole "
+                             f"number of this CLIP's {patch_size}-pixel patches")
+        patches = visual.conv1(images)  # (B, D_v, h, w)
+        side = math.isqrt(len(visual.positional_embedding) - 1)  # CLIP was trained on side x side patches
+        positions = visual.positional_embedding[1:].T.unflatten(1, (side, side))[None]  # (1, D_v, side, side)
+        positions = F.interpolate(positions, size=patches.shape[-2:], mode="bilinear", align_corners=False)
+        patches = (patches + positions).flatten(2).transpose(1, 2)  # (B, N, D_v)
+
+        cls = visual.class_embedding + visual.positional_embedding[0]  # (D_v)
+        if self.class_embedding_twice:
+            cls = cls + visual.class_embedding
+        cls, regions = cls.expand(batch, 1, -1), self.regions.expand(batch, -1, -1)
+        return visual.ln_pre(torch.cat([cls, patches, regions], dim=1))  # (B, 1 + N + M, D_v)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 1-3: the global, image and region features of a batch, each row of unit length.
+
+        images: (B, 3, H, W), normalised. Returns G (B, D), I (B, N, D), R (B, M, D).
+        Raises ValueError where the image does not split into patches, or the patches into regions.
+        """
+        batch, K, M = len(images), self.prompts.shape[1], len(self.regions)
+        grid = tuple(size // self.visual.conv1.kernel_size[0] for size in images.shape[-2:])  # (h, w)
+        mask = region_mask(K, grid, self.region_grid).to(images.device) if M else None
+
+        x = self.embed(images)
+        x = torch.cat([x[:, :1], self.layer_prompts(0, batch), x[:, 1:]], dim=1)  # (B, E, D_v)
+        for layer, block in enumerate(self.visual.transformer.resblocks):
+            if layer > 0:  # deep prompts: what the last layer made of its prompts is thrown away
+                x = torch.cat([x[:, :1], self.layer_prompts(layer, batch), x[:, 1 + K:]], dim=1)
+            x = x + masked_attention(block.ln_1(x), block.attn, mask)
+            x = x + block.mlp(block.ln_2(x))
+
+        first_region = x.shape[1] - M
+        x = torch.cat([self.prompt_norm(x[:, :first_region]), x[:, first_region:]], dim=1)  # regions stay CLIP's own
+        x = torch.cat([x[:, :1], x[:, 1 + K:]], dim=1)  # (B, 1 + N + M, D_v), Eq. 3's "-": the prompts are dropped
+        x = F.normalize(self.visual.ln_post(x) @ self.visual.proj, dim=-1)  # (B, 1 + N + M, D)
+        G, I, R = x[:, 0], x[:, 1:-M or None], x[:, x.shape[1] - M:]
+        return G, I, R
+
+
+def draw_mask(num_prompts: int, grid: int, region_grid: int, cell: int = 14):
+    """Fig. 5 (c) as a picture: one square of `cell` pixels an entry, white where attention is masked; a PIL image."""
+    from PIL import Image, ImageDraw  # only drawing needs it
+
+    kinds = [("cls", 1, (66, 133, 196)), ("prompts", num_prompts, (230, 159, 0)),
+             ("patches", grid**2, (86, 180, 150)), ("regions", region_grid**2, (204, 102, 140))]
+    colours = torch.tensor([colour for _, count, colour in kinds for _ in range(count)])  # (E, 3)
+    mask = region_mask(num_prompts, grid, region_grid)  # (E, E)
+    pixels = torch.where(mask[..., None], colours[None], 255).byte()  # (E, E, 3), each key in its kind's colour
+    side, margin = len(mask) * cell, 78
+    picture = Image.new("RGB", (side + margin + 12, side + margin + 12), "white")
+    picture.paste(Image.fromarray(pixels.numpy()).resize((side, side), Image.NEAREST), (margin, margin))
+    pen = ImageDraw.Draw(picture)
+    for line in range(len(mask) + 1):
+        at = margin + line * cell
+        pen.line([(margin, at), (margin + side, at)], fill=(205, 205, 205))
+        pen.line([(at, margin), (at, margin + side)], fill=(205, 205, 205))
+    start = margin
+    for name, count, colour in kinds:
+        middle = start + count * cell / 2
+        if count:
+            pen.text((margin - 8, middle), name, fill=colour, anchor="rm", font_size=15)
+            label = Image.new("RGB", (70, 20), "white")
+            ImageDraw.Draw(label).text((2, 10), name, fill=colour, anchor="lm", font_size=15)
+            picture.paste(label.rotate(90, expand=True), (int(middle) - 10, 4))
+            pen.rectangle([start, margin, start + count * cell, margin + side], outline=(90, 90, 90))
+            pen.rectangle([margin, start, margin + side, start + count * cell], outline=(90, 90, 90))
+        start += count * cell
+    return picture
+
+
+def main() -> None:
+    """Draws Fig. 5 (c)."""
+    parser = argparse.ArgumentParser(description="Draw the attention mask of the region-level bridge (Fig. 5 c): "
+                                                 "rows are queries, columns keys, white means masked.")
+    parser.add_argument("--prompts", type=int, default=2, help="K, prompt tokens (default %(default)s)")
+    parser.add_argument("--grid", type=int, default=4, help="patches along a side of the image (default %(default)s)")
+    parser.add_argument("--regions", type=int, default=4, help="M, region tokens, a square number (default %(default)s)")
+    parser.add_argument("--out", default="region_mask.png", help="the picture's path (default %(default)s)")
+    args = parser.parse_args()
+    region_grid = math.isqrt(args.regions) if args.regions >= 0 else -1
+    if args.grid < 1 or args.prompts < 0 or region_grid**2 != args.regions:
+        raise ValueError("--grid must be at least 1, --prompts at least 0 and --regions a square number")
+    picture = draw_mask(args.prompts, args.grid, region_grid)
+    partial = f"{args.out}.partial"
+    picture.save(partial, format="PNG")
+    os.replace(partial, args.out)
+    mask = region_mask(args.prompts, args.grid, region_grid)
+    print(f"{args.out}: {len(mask)}x{len(mask)} mask, {mask.float().mean():.0%} of the entries attend")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
