@@ -1,0 +1,280 @@
+"""The paper's Sec. 4.3: sliding windows, the confusion matrix, and pAcc, mIoU(S), mIoU(U), hIoU, mAcc, all by hand.
+
+    python eval.py runs/voc/last.pt --dataset voc --data-root VOCdevkit/VOC2012        the paper's row and every class
+    torchrun --nproc-per-node=8 eval.py runs/voc/last.pt --dataset voc --data-root ... the same, images shared out
+
+Another data set than the checkpoint's is the cross-data-set test of Table 4: its names are encoded, nothing is lowered.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+import data
+from model import CLIPRC, clip_file, encode_text, file_sha256, load_clip, model_from_checkpoint, read_checkpoint
+
+LOWER = 0.1  # taken off the seen classes' scores after inductive training, which has only ever seen those
+WINDOWS_AT_ONCE = 8
+
+
+# ---------------------------------------------------------------------------------------------------- inference
+
+
+def window_corners(height: int, width: int, crop: int, stride: int) -> list[tuple[int, int]]:
+    """Sec. 4.3: (top, left) of the windows that cover an image at least `crop` a side; the last ones end at its border."""
+    tops, lefts = ([min(start, size - crop) for start in range(0, size - crop + stride, stride)]
+                   for size in (height, width))
+    return [(top, left) for top in tops for left in lefts]
+
+
+@torch.no_grad()
+def slide_images(model: CLIPRC, images: Iterable[Tensor], text: Tensor, crop: int, stride: int, lower: float = LOWER,
+                 seen: Sequence[int] = ()) -> Iterator[Tensor]:
+    """Sec. 4.3: `slide_inference` over many images; windows of several images share a batch. Yields them in order."""
+    waiting: list[tuple[Tensor, int, int, list]] = []  # (window, top, left, its image's state)
+    unfinished: list[list] = []  # per image: [scores summed, times summed, windows still to come, (height, width)]
+    penalty = torch.zeros(len(text), device=text.device)
+    penalty[list(seen)] = lower
+
+    def run_batch() -> None:
+        batch, waiting[:] = waiting[:WINDOWS_AT_ONCE], waiting[WINDOWS_AT_ONCE:]
+        scores = model(torch.stack([window for window, *_ in batch]), text).sigmoid()  # (windows, C, crop, crop)
+        for score, (_, top, left, state) in zip(scores, batch):
+            state[0][:, top:top + crop, left:left + crop] += score
+            state[1][top:top + crop, left:left + crop] += 1
+            state[2] -= 1
+
+    def finished() -> Iterator[Tensor]:
+        while unfinished and unfinished[0][2] == 0:
+            total, times, _, (height, width) = unfinished.pop(0)
+            yield (total / times - penalty[:, None, None])[:, :height, :width]
+
+    for image in images:
+        image = image.to(text.device)
+        height, width = image.shape[-2:]
+        image = F.pad(image, (0, max(crop - width, 0), 0, max(crop - height, 0)))  # as training pads a small picture
+        padded = image.shape[-2:]
+        corners = window_corners(*padded, crop, stride)
+        state = [torch.zeros(len(text), *padded, device=text.device), torch.zeros(padded, device=text.device),
+                 len(corners), (height, width)]
+        unfinished.append(state)
+        waiting += [(image[:, top:top + crop, left:left + crop], top, left, state) for top, left in corners]
+        while len(waiting) >= WINDOWS_AT_ONCE:
+            run_batch()
+        yield from finished()
+    while waiting:
+        run_batch()
+    yield from finished()
+
+
+def slide_inference(model: CLIPRC, image: Tensor, text: Tensor, crop: int, stride: int, lower: float = LOWER,
+                    seen: Sequence[int] = ()) -> Tensor:
+    """Sec. 4.3: the score of every class at every pixel of an image of any size.
+
+    Sigmoid scores of crop x crop windows every `stride` pixels, averaged where windows overlap; those of the classes
+    `seen` (rows of text) are lowered by `lower`. image (3, H, W) or (1, 3, H, W), normalised; text (C, D).
+    Returns (C, H, W), float32. The model should be in eval mode.
+    """
+    return next(slide_images(model, [image.reshape(image.shape[-3:])], text, crop, stride, lower, seen))
+
+
+# ------------------------------------------------------------------------------------------------------ metrics
+
+
+def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Sec. 4.3: how many pixels of each class were given each class; pixels labelled 255 are left out.
+
+    prediction, label: integers of one shape. Returns (C, C), int64: row = label, column = prediction.
+    Raises ValueError for a label that is neither a class nor 255.
+    """
+    # One count over all pairs, label 255 in a row of its own: no pixel has to be picked out first.
+    pairs = label.flatten().to(torch.int32) * num_classes + prediction.flatten().to(torch.int32)
+    counts = torch.bincount(pairs, minlength=256 * num_classes).unflatten(0, (-1, num_classes))  # (256, C)
+    if counts[num_classes:255].any():
+        raise ValueError(f"a label is neither one of {num_classes} classes nor 255")
+    return counts[:num_classes].clone()
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """Sec. 4.3: intersection over union of each class, (C,), float64; NaN for one in neither labels nor predictions."""
+    confusion = confusion.double()
+    hit = confusion.diagonal()
+    return hit / (confusion.sum(0) + confusion.sum(1) - hit)
+
+
+def zero_shot_metrics(confusion: Tensor, unseen: Sequence[int]) -> dict[str, float]:
+    """Sec. 4.3, Eq. 12: the columns of Tables 1-8, in percent.
+
+    confusion (C, C), rows = labels. unseen: the classes without a mask in training. A mean over no class is NaN.
+    """
+    iou, hit, labelled = class_iou(confusion), confusion.diagonal().double(), confusion.sum(1).double()
+    is_unseen = torch.zeros(len(iou), dtype=torch.bool)
+    is_unseen[list(unseen)] = True
+    mIoU_S, mIoU_U = (iou[rows].nanmean().item() for rows in (~is_unseen, is_unseen))
+    hIoU = 2 * mIoU_S * mIoU_U / (mIoU_S + mIoU_U) if mIoU_S + mIoU_U != 0 else 0.0  # Eq. 12
+    metrics = {"pAcc": (hit.sum() / labelled.sum()).item(), "mIoU_S": mIoU_S, "mIoU_U": mIoU_U, "hIoU": hIoU,
+               "mAcc": (hit / labelled).nanmean().item()}
+    return {name: 100 * value for name, value in metrics.items()}
+
+
+def evaluate(model: CLIPRC, dataset: data.Dataset, text: Tensor, crop: int, stride: int, lower: float,
+             seen: Sequence[int], workers: int = 0, precision: str = "float32") -> Tensor:
+    """Sec. 4.3: the confusion matrix (C, C) of a data set, on the CPU; processes share the images, each counted once.
+
+    text (C, D), on the model's device. The model is put in eval mode and left in the mode it was in.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    samples = data.TestSet(dataset, crop)
+    loader = DataLoader(Subset(samples, range(rank, len(samples), world)), batch_size=None, num_workers=workers)
+    labels = []  # of the images whose windows are still under way
+
+    def images() -> Iterator[Tensor]:
+        for image, label, _ in tqdm(loader, "evaluating", leave=False, disable=True if rank else None):
+            labels.append(label)
+            yield image
+
+    confusion = torch.zeros(len(text), len(text), dtype=torch.int64)
+    was_training = model.training
+    model.eval()
+    with autocast(text.device, precision):
+        for scores in slide_images(model, images(), text, crop, stride, lower, seen):
+            label = labels.pop(0)
+            if scores.shape[-2:] != label.shape:
+                scores = F.interpolate(scores[None], size=label.shape, mode="bilinear", align_corners=False)[0]
+            confusion += confusion_matrix(scores.argmax(0).cpu(), label, len(text))
+    model.train(was_training)
+    if dist.is_initialized():
+        confusion = confusion.to(text.device)  # NCCL moves tensors of the GPU only
+        dist.all_reduce(confusion)
+    return confusion.cpu()
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def paper_table(rows: dict[str, dict[str, float]]) -> str:
+    """Table 1's columns, a line a method; "-" where there is nothing to average."""
+    lines = [f"{'':<24}{'pAcc':>8}{'hIoU':>8}{'mIoU(S)':>9}{'mIoU(U)':>9}"]
+    for name, metrics in rows.items():
+        pAcc, hIoU, mIoU_S, mIoU_U = ("-" if metrics[key] != metrics[key] else f"{metrics[key]:.1f}"
+                                      for key in ("pAcc", "hIoU", "mIoU_S", "mIoU_U"))
+        lines.append(f"{name:<24}{pAcc:>8}{hIoU:>8}{mIoU_S:>9}{mIoU_U:>9}")
+    return "\n".join(lines)
+
+
+def class_table(confusion: Tensor, names: Sequence[str], unseen: Sequence[int]) -> str:
+    """Each class's IoU and accuracy in percent and its share of the labelled pixels; unseen classes marked with *."""
+    labelled = confusion.sum(1).double()
+    lines = [f"{'class (* unseen)':<28}{'IoU':>8}{'Acc':>8}{'pixels':>9}"]
+    for i, (name, iou, acc) in enumerate(zip(names, class_iou(confusion), confusion.diagonal() / labelled)):
+        IoU, Acc = ("-" if value.isnan() else f"{100 * value:.1f}" for value in (iou, acc))
+        lines.append(f"{('* ' if i in unseen else '  ') + name:<28}{IoU:>8}{Acc:>8}{labelled[i] / labelled.sum():>9.1%}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------- run alone
+
+
+def autocast(device: torch.device, precision: str):
+    """Large products in bfloat16, the rest in float32, where precision says "bfloat16"; a context manager."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def start_processes(device: str) -> torch.device:
+    """Sec. 4.2's several GPUs: joins the processes that torchrun started, if it did; this process's device.
+
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". Raises ValueError for what is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no GPU that PyTorch can use was found; try --device cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: not a device; give auto, cpu or cuda") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def main() -> None:
+    """Evaluates a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that train.py or convert.py wrote")
+    parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one of the training")
+    parser.add_argument("--data-root", help="the data set's folder; default: the one of the training")
+    parser.add_argument("--split", choices=("train", "val"), default="val", help="default %(default)s")
+    parser.add_argument("--clip", help="CLIP's file or published name; default: the one of the training, else ViT-B/16")
+    parser.add_argument("--crop-size", type=int, help="side of a window, in pixels; default: the training's, else 512")
+    parser.add_argument("--stride", type=int, help="pixels from window to window; default: 426 for windows of 512, in proportion")
+    parser.add_argument("--lower", type=float, help="taken off the seen classes' scores; default: 0.1 after inductive "
+                                                    "training and for a converted checkpoint, 0 else and for another data set")
+    parser.add_argument("--seen-only", action="store_true", help="give the seen names only and leave other pixels out: "
+                                                                 "with --split train, the training accuracy")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures (default %(default)s)")
+    args = parser.parse_args()
+
+    checkpoint = read_checkpoint(args.checkpoint)
+    run = checkpoint.get("run", {})  # train.py's settings; a converted checkpoint has none
+    name, root = args.dataset or run.get("dataset"), args.data_root or run.get("data_root")
+    if not name or not root:
+        raise ValueError(f"{args.checkpoint} does not say what it was trained on; give --dataset and --data-root")
+    dataset = data.open_dataset(name, root, args.split)
+    crop = args.crop_size or run.get("crop_size", 512)
+    stride = args.stride or crop * 426 // 512
+    if crop < 1 or not 0 < stride <= crop:
+        raise ValueError(f"--stride {stride}: must be at least 1 and at most the window's side, {crop}")
+
+    device = start_processes(args.device)
+    model = model_from_checkpoint(checkpoint, args.checkpoint, args.clip).to(device)
+    same_names = tuple(checkpoint.get("class_names", ())) == dataset.class_names
+    if same_names:
+        text = checkpoint["text"]
+    else:
+        file = clip_file(args.clip or checkpoint.get("clip", "ViT-B/16"))
+        if checkpoint["clip_sha256"] not in (None, file_sha256(file)):
+            raise ValueError(f"--clip {file} is another CLIP file than the checkpoint was trained on (their SHA-256 differ)")
+        text = encode_text(load_clip(file), dataset.class_names, dataset.templates)
+        if text.shape[1] != model.encoder.visual.proj.shape[1]:
+            raise ValueError(f"--clip {file}: its texts have {text.shape[1]} dimensions, the checkpoint's images "
+                             f"{model.encoder.visual.proj.shape[1]}; give the CLIP that it was trained on")
+    lower = args.lower
+    if lower is None:
+        lower = LOWER if run.get("setting", "inductive") == "inductive" and (same_names or not run) else 0.0
+    seen = [i for i in range(len(dataset.class_names)) if i not in dataset.unseen]
+    if args.seen_only:
+        dataset, text, seen, lower = data.seen_classes(dataset), text[seen], list(range(len(seen))), 0.0
+
+    confusion = evaluate(model, dataset, text.to(device), crop, stride, lower, seen, args.workers, args.precision)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        metrics = zero_shot_metrics(confusion, dataset.unseen)
+        print(class_table(confusion, dataset.class_names, dataset.unseen))
+        print(f"\n{name} {args.split}, {len(dataset.pairs):,} images, seen classes lowered by {lower:g}"
+              + (f"; {dataset.note}" if dataset.note else ""))
+        print(paper_table({"CLIP-RC" if model.settings["ram"] else "ZegCLIP": metrics}))
+        print(f"mIoU {100 * class_iou(confusion).nanmean():.1f}   mAcc {metrics['mAcc']:.1f}   (Table 4's columns)")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr) or 2)
