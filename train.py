@@ -1,0 +1,359 @@
+"""Train CLIP-RC (the paper's Sec. 4.2): one plain loop, from the settings to the paper's table.
+
+    python train.py                                                                   a small world, on a laptop
+    torchrun --nproc-per-node=8 train.py --dataset voc --data-root VOCdevkit/VOC2012  the paper's run, 8 GPUs
+    torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...    two machines
+
+Every flag has a default that depends on the data set and the setting: `python train.py --help` lists them. A run writes
+to --out: log.jsonl (a line per logged step), last.pt (its newest state), half.pt (from the middle of the run, where the
+transductive setting starts), loss.png. Stop it as you like; the same command with --resume goes on where last.pt is,
+and ends with the very weights that it would have had.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import draw
+from eval import (LOWER, autocast, class_table, evaluate, paper_table, start_processes, zero_shot_metrics)
+from model import CLIPRC, clip_file, encode_text, file_sha256, load_clip, read_checkpoint, save_checkpoint
+
+
+def flag(default, help: str, **more):
+    """A field of `Settings`: its default, what --help says of it, and what argparse wants besides."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Settings:
+    """Sec. 4.2: everything that defines a run. None: the data set's and setting's own value (PRESETS)."""
+
+    # what to train on
+    dataset: str = flag("toy", "the data set", choices=data.DATASETS)
+    data_root: str | None = flag(None, "its folder (toy: drawn on first use)")
+    clip: str | None = flag(None, "CLIP's file or published name (ViT-B/16; toy: the one that ships with this code)")
+    setting: str = flag("inductive", "inductive: unseen classes have neither mask nor name in training; transductive: "
+                                        "their names are known; supervised: their masks too",
+                           choices=("inductive", "transductive", "supervised"))
+    out: str | None = flag(None, "folder of the run (runs/DATASET)")
+    seed: int = flag(0, "fixes the weights' start, the data's order and the dropout")
+    # the method; a row of Tables 5-8 is one of these
+    prompts: int | None = flag(None, "K, prompt tokens in each layer")
+    regions: int | None = flag(None, "M, region tokens, a square number; 0: no region-level bridge (Tables 5, 6)")
+    update_regions: bool = flag(False, "train the region tokens (Table 6)")
+    ram: bool = flag(True, "region alignment and the two-branch decoder; without: ZegCLIP's decoder (Table 5)")
+    align: str = flag("GR", "which of G and R enter Eq. 4, may be empty (Table 7)", choices=("GR", "G", "R", ""))
+    rdl: bool = flag(True, "the recovery loss (Table 5)")
+    recovery_layers: int = flag(1, "layers of the recovery decoder, 0: none (Table 8)")
+    recovery_loss: str = flag("l1", "its distance (Table 8)", choices=("l1", "l2", "kd"))
+    init: str | None = flag(None, "the decoder's start: as the released code's or its unused initialiser",
+                               choices=("released", "truncated_normal"))
+    dropout: float = flag(0.1, "on prompts, attention weights and the decoder's layers")
+    # the optimisation
+    iterations: int | None = flag(None, "steps of the optimiser")
+    batch_size: int = flag(16, "images a step, over all processes")
+    crop_size: int | None = flag(None, "side of a training picture, in pixels")
+    lr: float | None = flag(None, "peak learning rate of AdamW")
+    warmup: int | None = flag(None, "steps of linear warm-up (1,500, but at most a tenth of the run)")
+    weight_decay: float = flag(0.01, "AdamW's, on every trained tensor")
+    w_mask: float | None = flag(None, "weight of the focal loss (Eq. 11)")
+    w_dice: float | None = flag(None, "weight of the dice loss (Eq. 11)")
+    w_rec: float | None = flag(None, "weight of the recovery loss (Eq. 11)")
+    # the machine
+    device: str = flag("auto", "auto, cpu or cuda")
+    precision: str = flag("float32", "of the large products", choices=("float32", "bfloat16"))
+    workers: int | None = flag(None, "processes that prepare pictures, for each training process (up to 8; toy: 0)")
+    # what to note, and when
+    log_every: int = flag(10, "steps between lines of log.jsonl")
+    val_every: int | None = flag(None, "steps between evaluations (a fifth of the run)")
+    save_every: int = flag(1000, "steps between checkpoints")
+    resume: bool = flag(False, "go on from OUT/last.pt if there is one")
+
+
+# Sec. 4.2 and the released configurations; Context is not in the release: K as in ZegCLIP's line of work, the rest as VOC.
+PAPER = {"crop_size": 512, "lr": 2e-4, "regions": 16, "init": "released"}
+PRESETS = {
+    "voc": PAPER | {"prompts": 10, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
+    "context": PAPER | {"prompts": 35, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
+    "coco-stuff": PAPER | {"prompts": 100, "w_mask": 200.0, "w_dice": 3.0, "w_rec": 50.0, "iterations": 80_000},
+}
+PRESETS["context59"] = PRESETS["folder"] = PRESETS["context"]
+PRESETS["toy"] = {"crop_size": 64, "lr": 1e-3, "regions": 4, "prompts": 4, "init": "truncated_normal",
+                  "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 800}
+SUPERVISED = {"voc": {"w_rec": 0.0}, "context": {"w_rec": 0.0}, "coco-stuff": {"w_mask": 100.0, "w_dice": 1.5, "w_rec": 1.0}}
+
+
+def parse_settings(arguments: list[str] | None = None) -> Settings:
+    """Sec. 4.2: the command line, each absent flag filled in from the data set's and setting's own values.
+
+    Raises ValueError naming the flag whose value cannot be used.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Settings):
+        help, choices = f.metadata["help"], f.metadata.get("choices")
+        of_data_set = {name: preset[f.name] for name, preset in PRESETS.items() if f.name in preset}
+        if of_data_set:
+            help += f" ({', '.join(f'{name} {value}' for name, value in of_data_set.items() if name != 'context59')})"
+        elif f.default not in (None, False):
+            help += f" ({f.default})"
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
+            "type": next(t for t in (int, float, str) if t.__name__ in str(f.type)), "choices": choices}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=help.replace("%", "%%"), **kind)
+    s = Settings(**vars(parser.parse_args(arguments)))
+
+    preset = PRESETS[s.dataset] | (SUPERVISED.get(s.dataset, {}) if s.setting == "supervised" else {})
+    if s.setting == "transductive":
+        preset = preset | {"iterations": preset["iterations"] // 2}
+    for name, value in preset.items():
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+    s.clip = s.clip or (str(Path(__file__).with_name("toy_clip.pt")) if s.dataset == "toy" else "ViT-B/16")
+    s.out = s.out or f"runs/{s.dataset}"
+    s.warmup = min(1500, s.iterations // 10) if s.warmup is None else s.warmup
+    s.val_every = s.val_every or max(1, s.iterations // 5)
+    s.workers = (0 if s.dataset == "toy" else min(8, os.cpu_count())) if s.workers is None else s.workers
+    for name in ("iterations", "batch_size", "crop_size", "log_every", "save_every", "val_every"):
+        if getattr(s, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
+    for name in ("prompts", "regions", "recovery_layers", "warmup", "workers", "seed", "w_mask", "w_dice", "w_rec",
+                 "weight_decay"):
+        if not getattr(s, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 0")
+    if not 0 < s.lr < 1 or not 0 <= s.dropout < 1:
+        raise ValueError("--lr must be above 0 and --dropout at least 0, both below 1")
+    if s.data_root is None and s.dataset != "toy":
+        raise ValueError(f"--data-root: where is {s.dataset}? Give its folder")
+    return s
+
+
+def learning_rate(step: int, s: Settings) -> float:
+    """Sec. 4.2 and the released schedule: poly with power 0.9 down to 1e-6, times a linear warm-up from 1e-6.
+
+    step: 0 for the first. Returns the rate of that step.
+    """
+    poly = (s.lr - 1e-6) * (1 - step / s.iterations) ** 0.9 + 1e-6
+    return poly * (1 - (1 - step / s.warmup) * (1 - 1e-6)) if step < s.warmup else poly
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Sec. 4.2's several GPUs: the mean of the processes' gradients, in one message."""
+    for parameter in parameters:
+        if parameter.grad is None:  # a part that this setting leaves out; every process must send the same
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(gradients)
+    gradients /= dist.get_world_size()
+    for parameter, gradient in zip(parameters, gradients.split([parameter.numel() for parameter in parameters])):
+        parameter.grad.copy_(gradient.view_as(parameter))
+
+
+def claim_folder(s: Settings) -> dict | None:
+    """The run's folder, and the checkpoint to go on from, if any. A finished or abandoned run in it is kept aside."""
+    out = Path(s.out)
+    checkpoint = None
+    if s.resume and (out / "last.pt").exists():
+        checkpoint = read_checkpoint(out / "last.pt")
+        free = {"out", "resume", "device", "workers", "log_every", "val_every", "save_every", "data_root", "clip"}
+        for name, now in asdict(s).items():
+            then = checkpoint["run"][name]
+            if now != then and name not in free:
+                raise ValueError(f"--{name.replace('_', '-')} {now}: {out}/last.pt was trained with {then}; "
+                                 f"use that, or another --out for a new run")
+    elif (out / "log.jsonl").exists() or (out / "last.pt").exists():
+        kept = next(path for n in range(1, 10**6) if not (path := Path(f"{s.out}.{n}")).exists())
+        os.rename(out, kept)
+        print(f"the run in {out} is kept as {kept} (--resume would go on with it)")
+    out.mkdir(parents=True, exist_ok=True)
+    return checkpoint
+
+
+def main() -> None:
+    """One run, from top to bottom."""
+    s = parse_settings()
+
+    # processes, data, CLIP; everything that can be wrong with the input is found before anything is written
+    device = start_processes(s.device)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if s.dataset == "toy" and s.data_root is None:
+        import toy
+        s.data_root = str(toy.default_world())
+    train_data, val_data = (data.open_dataset(s.dataset, s.data_root, split) for split in ("train", "val"))
+    names, unseen = train_data.class_names, train_data.unseen
+    seen = [i for i in range(len(names)) if i not in unseen]
+    if s.setting == "inductive":
+        train_data = data.seen_classes(train_data)  # from here on training knows no other name, mask or number
+    if s.batch_size % world:
+        raise ValueError(f"--batch-size {s.batch_size}: {world} processes cannot share it evenly")
+    if rank == 0:
+        clip_file(s.clip)  # one process downloads it
+    if world > 1:
+        dist.barrier()
+    clip_path = clip_file(s.clip)
+    clip_sha256, clip_model = file_sha256(clip_path), load_clip(clip_path)
+    text = encode_text(clip_model, names, train_data.templates).to(device)  # T of all names, for testing
+    train_text = text[seen] if s.setting == "inductive" else text
+
+    # model and optimiser
+    torch.manual_seed(s.seed)
+    model = CLIPRC(clip_model.visual, num_prompts=s.prompts, regions=s.regions, update_regions=s.update_regions, ram=s.ram,
+                   align=s.align, rdl=s.rdl, recovery_layers=s.recovery_layers, recovery_loss=s.recovery_loss, init=s.init,
+                   dropout=s.dropout).to(device)
+    patch_size = clip_model.visual.conv1.kernel_size[0]
+    cells = s.crop_size / patch_size / max(1, model.encoder.region_grid)
+    if s.crop_size % patch_size or cells != int(cells):
+        raise ValueError(f"--crop-size {s.crop_size} and --regions {s.regions}: {s.crop_size / patch_size:g} patches of "
+                         f"{patch_size} pixels a side cannot be shared by {model.encoder.region_grid} regions a side")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay)
+    lower, stride = LOWER if s.setting == "inductive" else 0.0, s.crop_size * 426 // 512
+    transductive_unseen = unseen if s.setting == "transductive" else ()
+
+    # the run's folder; a run that goes on takes up weights, optimiser and place
+    out, start, checkpoint = Path(s.out), 0, None
+    if rank == 0:
+        checkpoint = claim_folder(s)
+    if world > 1:
+        dist.barrier()
+        checkpoint = read_checkpoint(out / "last.pt") if s.resume and (out / "last.pt").exists() else None
+    if checkpoint:
+        if checkpoint["clip_sha256"] != clip_sha256:
+            raise ValueError(f"--clip {clip_path} is another CLIP file than {out}/last.pt was trained on")
+        model.load_state_dict(checkpoint["weights"], strict=False)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+
+    def save(name: str, step: int) -> None:
+        save_checkpoint(out / name, model, clip_sha256, run=asdict(s), clip=str(clip_path), class_names=list(names),
+                        unseen=list(unseen), templates=list(train_data.templates), text=text.cpu(), step=step,
+                        optimizer=optimizer.state_dict())
+
+    def note(line: dict) -> None:
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    if rank == 0:
+        lines = read_log(out / "log.jsonl")
+        write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
+        print(f"{s.dataset}, {s.setting}: {len(train_data.pairs):,} images, {len(seen)} seen and {len(unseen)} unseen classes"
+              + (f"; {train_data.note}" if train_data.note else ""))
+        print(f"{sum(p.numel() for p in trained):,} trained parameters, {s.iterations:,} steps of {s.batch_size} images on "
+              f"{world} x {device.type}" + (f", from step {start:,}" if start else ""))
+
+    stop_asked = []
+    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, keep it, go
+        signal.signal(name, lambda *_: stop_asked.append(True))
+
+    # the loop
+    samples = data.TrainSet(train_data, s.crop_size, s.seed)
+    batches = data.GlobalBatches(len(samples), s.batch_size, s.iterations, s.seed, rank, world, start)
+    loader = DataLoader(samples, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda",
+                        persistent_workers=False)
+    bar = tqdm(total=s.iterations, initial=start, desc="training", disable=True if rank else None)
+    model.train()
+    confusion = None
+    clock = time.perf_counter()
+    for step, (images, labels) in enumerate(loader, start=start):
+        # Dropout's numbers depend on seed, step and process alone, so a resumed run draws what it would have drawn.
+        torch.manual_seed((s.seed * 1_000_003 + step) * 4096 + rank)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, s)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast(device, s.precision):
+            losses = model.losses(images, labels, train_text, (s.w_mask, s.w_dice, s.w_rec), transductive_unseen)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        if world > 1:
+            average_gradients(trained)
+        optimizer.step()
+        bar.update()
+
+        done = step + 1
+        stopping = any_process(bool(stop_asked), device)
+        if done % s.log_every == 0 or done == s.iterations or stopping:
+            values = {name: loss.detach() for name, loss in losses.items()}
+            for value in values.values():
+                if world > 1:
+                    dist.all_reduce(value)
+            values = {name: value.item() / world for name, value in values.items()}
+            total = sum(values.values())
+            if rank == 0:
+                seconds = (time.perf_counter() - clock) / min(s.log_every, done - start)
+                note({"step": done, "loss": total, **values, "lr": learning_rate(step, s), "seconds_per_step": round(seconds, 4)})
+                bar.set_postfix(loss=f"{total:.3f}")
+            clock = time.perf_counter()
+        if rank == 0 and (done % s.save_every == 0 or done == s.iterations or stopping):
+            save("last.pt", done)
+        if rank == 0 and done == s.iterations // 2:
+            save("half.pt", done)
+        if stopping:
+            break
+        if done % s.val_every == 0 or done == s.iterations:
+            confusion = evaluate(model, val_data, text, s.crop_size, stride, lower, seen, s.workers, s.precision)
+            metrics = zero_shot_metrics(confusion, unseen)
+            if rank == 0:
+                note({"step": done, "val": metrics})
+                bar.write(f"step {done:,}: pAcc {metrics['pAcc']:.1f}  hIoU {metrics['hIoU']:.1f}  "
+                          f"mIoU(S) {metrics['mIoU_S']:.1f}  mIoU(U) {metrics['mIoU_U']:.1f}")
+            clock = time.perf_counter()
+    bar.close()
+
+    # what came out
+    if rank == 0 and stop_asked:
+        print(f"stopped after step {done:,}; the same command with --resume goes on from there")
+    elif rank == 0:
+        if confusion is None:  # the run was finished already
+            confusion = evaluate(model, val_data, text, s.crop_size, stride, lower, seen, s.workers, s.precision)
+        lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
+        names_of_losses = [name for name in ("loss", "mask", "dice", "recovery_q", "recovery_v") if name in lines[-1]]
+        draw.save(draw.line_chart({name: [(line["step"], line[name]) for line in lines] for name in names_of_losses},
+                                  f"{s.dataset}, {s.setting}: training losses", log_y=True), out / "loss.png")
+        print(class_table(confusion, names, unseen) + "\n")
+        print(paper_table({"CLIP-RC": zero_shot_metrics(confusion, unseen)}))
+        print(f"\n{out}/last.pt, log.jsonl, loss.png")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """True on every process as soon as it is on one: they must leave the loop together."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(flags)
+    return bool(flags.item())
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small file, whole or not at all."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr) or 2)
