@@ -11,16 +11,20 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import data
+import draw
 from model import CLIPRC, clip_file, encode_text, file_sha256, load_clip, model_from_checkpoint, read_checkpoint
+from rlb_attention import Encoder
 
 LOWER = 0.1  # taken off the seen classes' scores after inductive training, which has only ever seen those
 WINDOWS_AT_ONCE = 8
@@ -87,6 +91,25 @@ def slide_inference(model: CLIPRC, image: Tensor, text: Tensor, crop: int, strid
     return next(slide_images(model, [image.reshape(image.shape[-3:])], text, crop, stride, lower, seen))
 
 
+class UntrainedClip(torch.nn.Module):
+    """Fig. 2 (left) and the floor of every table: CLIP as it is, patch features (and region tokens) against the names.
+
+    visual: OpenAI's `clip.model.VisionTransformer`. Called as `CLIPRC` is; its logits are cosines.
+    """
+
+    def __init__(self, visual: torch.nn.Module, regions: int = 0) -> None:
+        super().__init__()
+        self.encoder = Encoder(visual, num_prompts=0, regions=regions, class_embedding_twice=False)
+        self.encoder.prompt_norm = torch.nn.Identity()
+
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        """images (B, 3, H, W), text (C, D) to logits (B, C, H, W)."""
+        _, I, _ = self.encoder(images)
+        patch_size = self.encoder.visual.conv1.kernel_size[0]
+        logits = (text @ I.transpose(1, 2)).unflatten(-1, (images.shape[-2] // patch_size, -1))  # (B, C, h, w)
+        return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
 # ------------------------------------------------------------------------------------------------------ metrics
 
 
@@ -127,19 +150,20 @@ def zero_shot_metrics(confusion: Tensor, unseen: Sequence[int]) -> dict[str, flo
 
 
 def evaluate(model: CLIPRC, dataset: data.Dataset, text: Tensor, crop: int, stride: int, lower: float,
-             seen: Sequence[int], workers: int = 0, precision: str = "float32") -> Tensor:
+             seen: Sequence[int], workers: int = 0, precision: str = "float32", save: Path | None = None) -> Tensor:
     """Sec. 4.3: the confusion matrix (C, C) of a data set, on the CPU; processes share the images, each counted once.
 
-    text (C, D), on the model's device. The model is put in eval mode and left in the mode it was in.
+    text (C, D), on the model's device. save: a folder for the predictions, as palette PNGs of class numbers.
+    The model is put in eval mode and left in the mode it was in.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     samples = data.TestSet(dataset, crop)
     loader = DataLoader(Subset(samples, range(rank, len(samples), world)), batch_size=None, num_workers=workers)
-    labels = []  # of the images whose windows are still under way
+    under_way = []  # (label, index) of the images whose windows are still being computed
 
     def images() -> Iterator[Tensor]:
-        for image, label, _ in tqdm(loader, "evaluating", leave=False, disable=True if rank else None):
-            labels.append(label)
+        for image, label, index in tqdm(loader, "evaluating", leave=False, disable=True if rank else None):
+            under_way.append((label, index))
             yield image
 
     confusion = torch.zeros(len(text), len(text), dtype=torch.int64)
@@ -147,10 +171,15 @@ def evaluate(model: CLIPRC, dataset: data.Dataset, text: Tensor, crop: int, stri
     model.eval()
     with autocast(text.device, precision):
         for scores in slide_images(model, images(), text, crop, stride, lower, seen):
-            label = labels.pop(0)
+            label, index = under_way.pop(0)
             if scores.shape[-2:] != label.shape:
                 scores = F.interpolate(scores[None], size=label.shape, mode="bilinear", align_corners=False)[0]
-            confusion += confusion_matrix(scores.argmax(0).cpu(), label, len(text))
+            prediction = scores.argmax(0).cpu()
+            confusion += confusion_matrix(prediction, label, len(text))
+            if save:
+                picture = Image.fromarray(prediction.byte().numpy())
+                picture.putpalette(draw.index_png_palette(len(text)))
+                draw.save(picture, save / f"{dataset.pairs[index][0].stem}.png")
     model.train(was_training)
     if dist.is_initialized():
         confusion = confusion.to(text.device)  # NCCL moves tensors of the GPU only
@@ -225,6 +254,10 @@ def main() -> None:
                                                     "training and for a converted checkpoint, 0 else and for another data set")
     parser.add_argument("--seen-only", action="store_true", help="give the seen names only and leave other pixels out: "
                                                                  "with --split train, the training accuracy")
+    parser.add_argument("--unseen-names", choices=("own", "permuted", "random"), default="own",
+                        help="what stands in for the unseen classes' names: their own; each other's, none its own; random "
+                             "unit vectors. If the names are what finds these classes, they are lost with the last two")
+    parser.add_argument("--save", type=Path, help="folder for the predictions, palette PNGs of class numbers; a new one")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes that read pictures (default %(default)s)")
@@ -242,6 +275,11 @@ def main() -> None:
         raise ValueError(f"--stride {stride}: must be at least 1 and at most the window's side, {crop}")
 
     device = start_processes(args.device)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if args.save and rank == 0:
+        if args.save.exists():
+            raise ValueError(f"--save {args.save}: exists already; name a new folder")
+        args.save.mkdir(parents=True)
     model = model_from_checkpoint(checkpoint, args.checkpoint, args.clip).to(device)
     same_names = tuple(checkpoint.get("class_names", ())) == dataset.class_names
     if same_names:
@@ -261,11 +299,17 @@ def main() -> None:
     if args.seen_only:
         dataset, text, seen, lower = data.seen_classes(dataset), text[seen], list(range(len(seen))), 0.0
 
-    confusion = evaluate(model, dataset, text.to(device), crop, stride, lower, seen, args.workers, args.precision)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    unseen = list(dataset.unseen)
+    if args.unseen_names == "permuted":
+        text[unseen] = text[unseen].roll(1, dims=0)
+    elif args.unseen_names == "random":
+        text[unseen] = F.normalize(torch.randn(len(unseen), text.shape[1], generator=torch.Generator().manual_seed(0)), dim=-1)
+    confusion = evaluate(model, dataset, text.to(device), crop, stride, lower, seen, args.workers, args.precision, args.save)
+    if rank == 0:
         metrics = zero_shot_metrics(confusion, dataset.unseen)
         print(class_table(confusion, dataset.class_names, dataset.unseen))
         print(f"\n{name} {args.split}, {len(dataset.pairs):,} images, seen classes lowered by {lower:g}"
+              + (f"; unseen names {args.unseen_names}" if args.unseen_names != "own" else "")
               + (f"; {dataset.note}" if dataset.note else ""))
         print(paper_table({"CLIP-RC" if model.settings["ram"] else "ZegCLIP": metrics}))
         print(f"mIoU {100 * class_iou(confusion).nanmean():.1f}   mAcc {metrics['mAcc']:.1f}   (Table 4's columns)")

@@ -49,6 +49,7 @@ CLIP_FILES = {  # name: (SHA-256, file); the image transformers that OpenAI publ
 }
 IGNORED = 255  # the label of a pixel that has none
 DECODER_HEADS, DECODER_LAYERS = 8, 3
+INITIALISERS = ("released", "truncated_normal")
 
 
 # ---------------------------------------------------------------------------------------------- CLIP and its text
@@ -212,8 +213,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x (B, X, D) reads memory (B, Y, D). Returns (B, X, D)."""
-        q, k, v = (linear(tokens).unflatten(-1, (DECODER_HEADS, -1)).transpose(1, 2)  # (B, heads, X or Y, d)
-                   for linear, tokens in ((self.q, x), (self.k, memory), (self.v, memory)))
+        # A key's bias moves all scores of a row alike, which the softmax undoes: its gradient is 0 but for rounding, and
+        # Adam would blow that up to full steps in random directions. Times 0, the gradient is what it should be.
+        keys = F.linear(memory, self.k.weight, 0 * self.k.bias)  # (B, Y, D)
+        q, k, v = (tokens.unflatten(-1, (DECODER_HEADS, -1)).transpose(1, 2)  # (B, heads, X or Y, d)
+                   for tokens in (self.q(x), keys, self.v(memory)))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out(out.transpose(1, 2).flatten(2))  # (B, X, D)
 
@@ -293,7 +297,7 @@ class CLIPRC(nn.Module):
     align: which of G and R enter Eq. 4: "GR", "G", "R" or "" (Table 7).
     rdl: the recovery loss (Table 5), with `recovery_layers` layers, 0 for no decoder, and `recovery_loss` "l1", "l2"
     or "kd" (Table 8).
-    init: the decoder's start: "released" is PyTorch's default, the layers of a branch copies of each other, which is
+    initialiser: the decoder's start: "released" is PyTorch's default, the layers of a branch copies of each other, which is
     what trained the paper's models; "truncated_normal" is the initialiser that the released code defines, never called.
     dropout: everywhere. class_embedding_twice: see `rlb_attention.Encoder`.
     Raises ValueError for settings that do not go together.
@@ -301,18 +305,18 @@ class CLIPRC(nn.Module):
 
     def __init__(self, visual: nn.Module, *, num_prompts: int = 10, regions: int = 16, update_regions: bool = False,
                  ram: bool = True, align: str = "GR", rdl: bool = True, recovery_layers: int = 1,
-                 recovery_loss: str = "l1", init: str = "released", dropout: float = 0.1,
+                 recovery_loss: str = "l1", initialiser: str = "released", dropout: float = 0.1,
                  class_embedding_twice: bool = True) -> None:
         super().__init__()
         self.settings = {"num_prompts": num_prompts, "regions": regions, "update_regions": update_regions, "ram": ram,
                          "align": align, "rdl": rdl, "recovery_layers": recovery_layers, "recovery_loss": recovery_loss,
-                         "init": init, "dropout": dropout, "class_embedding_twice": class_embedding_twice}
+                         "initialiser": initialiser, "dropout": dropout, "class_embedding_twice": class_embedding_twice}
         if ram and not regions:
             raise ValueError("ram: region alignment needs region tokens; give --regions or leave RAM out too")
         if rdl and not ram:
             raise ValueError("rdl: the recovery decoder needs RAM's two branches; leave RDL out too")
         for name, value, known in (("align", align, ("GR", "G", "R", "")), ("recovery_loss", recovery_loss, RECOVERY_LOSSES),
-                                   ("init", init, ("released", "truncated_normal"))):
+                                   ("initialiser", initialiser, INITIALISERS)):
             if value not in known:
                 raise ValueError(f"{name}: '{value}' is not one of {', '.join(repr(choice) for choice in known)}")
         dim = visual.proj.shape[1]  # D
@@ -326,7 +330,7 @@ class CLIPRC(nn.Module):
             self.descriptor_proj = nn.Linear(2 * dim, dim)
             self.decoder = nn.ModuleList(CrossBlock(dim, dropout) for _ in range(DECODER_LAYERS))
         branches = (self.decoder.q_blocks, self.decoder.v_blocks) if ram else (self.decoder,)
-        if init == "released":
+        if initialiser == "released":
             for first, *others in branches:
                 for block in others:
                     block.load_state_dict(first.state_dict())
@@ -376,17 +380,18 @@ class CLIPRC(nn.Module):
         return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False), parts
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, weights: tuple[float, float, float] = (100, 1, 2),
-               unseen: Sequence[int] = ()) -> dict[str, Tensor]:
+               unseen: Sequence[int] = (), pairs: Tensor | None = None) -> dict[str, Tensor]:
         """Sec. 3.5, Eq. 11: the training losses, each already times its weight; their sum is the total.
 
         images (B, 3, H, W); labels (B, H, W), integers: rows of text, or 255 for ignored; text T (C, D).
         weights: w_mask, w_dice, w_rec. unseen: rows of text whose labelled pixels get a pseudo label instead (the
-        transductive setting). Returns "mask" and "dice", and with RDL "recovery_q" and "recovery_v".
+        transductive setting). pairs: P, where this is a part of a batch whose P is known (`present_pairs`).
+        Returns "mask" and "dice", and with RDL "recovery_q" and "recovery_v".
         """
         logits, parts = self.features_to_logits(images, text)
         if unseen:
             labels = pseudo_labels(logits, labels, unseen)
-        mask, dice = segmentation_losses(logits, labels)
+        mask, dice = segmentation_losses(logits, labels, pairs)
         losses = {"mask": weights[0] * mask, "dice": weights[1] * dice}
         if self.rdl:
             for name, loss in self.recovery_losses(**parts).items():
@@ -428,17 +433,29 @@ def pseudo_labels(logits: Tensor, labels: Tensor, unseen: Sequence[int]) -> Tens
     return torch.where(torch.isin(labels, unseen), best.to(labels.dtype), labels)
 
 
-def segmentation_losses(logits: Tensor, labels: Tensor, alpha: float = 0.25) -> tuple[Tensor, Tensor]:
+def present_pairs(labels: Tensor, num_classes: int) -> Tensor:
+    """Sec. 3.5's P, a scalar: the (image, class) pairs present in a batch, averaged over the processes, at least 1."""
+    sizes = torch.zeros(len(labels), num_classes + 1, device=labels.device)
+    index = torch.where(labels == IGNORED, num_classes, labels).long().flatten(1)  # (B, H W)
+    P = sizes.scatter_(1, index, 1.0)[:, :num_classes].sum()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(P)
+        P /= dist.get_world_size()
+    return P.clamp(min=1)
+
+
+def segmentation_losses(logits: Tensor, labels: Tensor, pairs: Tensor | None = None,
+                        alpha: float = 0.25) -> tuple[Tensor, Tensor]:
     """Sec. 3.5's L_NEL: sigmoid focal loss (gamma 2) and dice loss, both per class, both over P.
 
-    logits (B, C, H, W), float32; labels (B, H, W), integers below C, or 255. P is the number of (image, class) pairs
-    present in the batch, averaged over the processes, at least 1.
+    logits (B, C, H, W), float32; labels (B, H, W), integers below C, or 255. pairs: P; None: `present_pairs` of these.
     focal: mean over pixels, sum over images and classes, over P; ignored pixels are negatives of every class.
     dice: 1 - (2 sum pt + 1) / (sum p + sum t + 1), summed over the present pairs, over P; ignored pixels are in sum p.
 
     No one-hot target (B, C, H, W) is made: a pixel is positive in at most one class, so the sums are taken as if it
     were negative everywhere, with the sign of that one logit flipped, and put right by what that one class adds.
     """
+    P = present_pairs(labels, logits.shape[1]) if pairs is None else pairs
     labelled = labels != IGNORED  # (B, H, W)
     target = torch.where(labelled, labels, 0).long()[:, None]  # (B, 1, H, W)
     x_t = logits.gather(1, target)  # (B, 1, H, W), the logit of each pixel's own class
@@ -461,11 +478,6 @@ def segmentation_losses(logits: Tensor, labels: Tensor, alpha: float = 0.25) -> 
     present = sum_t > 0  # (B, C)
     dice = ((1 - (2 * sum_pt + 1) / (sum_p + sum_t + 1)) * present).sum()
 
-    P = present.sum().float()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(P)
-        P /= dist.get_world_size()
-    P = P.clamp(min=1)
     return focal / P, dice / P
 
 

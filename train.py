@@ -5,8 +5,8 @@
     torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...    two machines
 
 Every flag has a default that depends on the data set and the setting: `python train.py --help` lists them. A run writes
-to --out: log.jsonl (a line per logged step), last.pt (its newest state), half.pt (from the middle of the run, where the
-transductive setting starts), loss.png. Stop it as you like; the same command with --resume goes on where last.pt is,
+to --out: log.jsonl (a line per logged step), last.pt (its newest state), half.pt (from the middle of an inductive run,
+where a transductive one starts), loss.png. Stop it as you like; the same command with --resume goes on where last.pt is,
 and ends with the very weights that it would have had.
 """
 
@@ -19,15 +19,18 @@ import time
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import draw
 from eval import (LOWER, autocast, class_table, evaluate, paper_table, start_processes, zero_shot_metrics)
-from model import CLIPRC, clip_file, encode_text, file_sha256, load_clip, read_checkpoint, save_checkpoint
+from model import (CLIPRC, clip_file, encode_text, file_sha256, load_clip, present_pairs, pseudo_labels, read_checkpoint,
+                   save_checkpoint)
 
 
 def flag(default, help: str, **more):
@@ -46,7 +49,9 @@ class Settings:
     setting: str = flag("inductive", "inductive: unseen classes have neither mask nor name in training; transductive: "
                                         "their names are known; supervised: their masks too",
                            choices=("inductive", "transductive", "supervised"))
-    out: str | None = flag(None, "folder of the run (runs/DATASET)")
+    init: str | None = flag(None, "checkpoint whose trained weights the run starts from, '' for none (transductive: the "
+                                  "inductive run's middle, runs/DATASET/half.pt)")
+    out: str | None = flag(None, "folder of the run (runs/DATASET, with -SETTING unless inductive)")
     seed: int = flag(0, "fixes the weights' start, the data's order and the dropout")
     # the method; a row of Tables 5-8 is one of these
     prompts: int | None = flag(None, "K, prompt tokens in each layer")
@@ -57,12 +62,13 @@ class Settings:
     rdl: bool = flag(True, "the recovery loss (Table 5)")
     recovery_layers: int = flag(1, "layers of the recovery decoder, 0: none (Table 8)")
     recovery_loss: str = flag("l1", "its distance (Table 8)", choices=("l1", "l2", "kd"))
-    init: str | None = flag(None, "the decoder's start: as the released code's or its unused initialiser",
-                               choices=("released", "truncated_normal"))
+    initialiser: str | None = flag(None, "the decoder's start: the released code's, or the initialiser that it defines and "
+                                         "never calls", choices=("released", "truncated_normal"))
     dropout: float = flag(0.1, "on prompts, attention weights and the decoder's layers")
     # the optimisation
     iterations: int | None = flag(None, "steps of the optimiser")
     batch_size: int = flag(16, "images a step, over all processes")
+    accumulate: int = flag(1, "parts that a process's share of the batch is computed in, one after the other, to save memory")
     crop_size: int | None = flag(None, "side of a training picture, in pixels")
     lr: float | None = flag(None, "peak learning rate of AdamW")
     warmup: int | None = flag(None, "steps of linear warm-up (1,500, but at most a tenth of the run)")
@@ -82,14 +88,14 @@ class Settings:
 
 
 # Sec. 4.2 and the released configurations; Context is not in the release: K as in ZegCLIP's line of work, the rest as VOC.
-PAPER = {"crop_size": 512, "lr": 2e-4, "regions": 16, "init": "released"}
+PAPER = {"crop_size": 512, "lr": 2e-4, "regions": 16, "initialiser": "released"}
 PRESETS = {
     "voc": PAPER | {"prompts": 10, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
     "context": PAPER | {"prompts": 35, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
     "coco-stuff": PAPER | {"prompts": 100, "w_mask": 200.0, "w_dice": 3.0, "w_rec": 50.0, "iterations": 80_000},
 }
 PRESETS["context59"] = PRESETS["folder"] = PRESETS["context"]
-PRESETS["toy"] = {"crop_size": 64, "lr": 1e-3, "regions": 4, "prompts": 4, "init": "truncated_normal",
+PRESETS["toy"] = {"crop_size": 64, "lr": 1e-3, "regions": 4, "prompts": 4, "initialiser": "truncated_normal",
                   "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 800}
 SUPERVISED = {"voc": {"w_rec": 0.0}, "context": {"w_rec": 0.0}, "coco-stuff": {"w_mask": 100.0, "w_dice": 1.5, "w_rec": 1.0}}
 
@@ -119,11 +125,16 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         if getattr(s, name) is None:
             setattr(s, name, value)
     s.clip = s.clip or (str(Path(__file__).with_name("toy_clip.pt")) if s.dataset == "toy" else "ViT-B/16")
-    s.out = s.out or f"runs/{s.dataset}"
+    s.out = s.out or f"runs/{s.dataset}" + f"-{s.setting}" * (s.setting != "inductive")
+    if s.init is None and s.setting == "transductive":
+        s.init = f"runs/{s.dataset}/half.pt"
+        if not Path(s.init).exists():
+            raise ValueError(f"--init: the transductive setting starts from an inductive run's middle, and {s.init} is not "
+                             f"there; give its half.pt, or --init '' to start from nothing")
     s.warmup = min(1500, s.iterations // 10) if s.warmup is None else s.warmup
     s.val_every = s.val_every or max(1, s.iterations // 5)
     s.workers = (0 if s.dataset == "toy" else min(8, os.cpu_count())) if s.workers is None else s.workers
-    for name in ("iterations", "batch_size", "crop_size", "log_every", "save_every", "val_every"):
+    for name in ("iterations", "batch_size", "accumulate", "crop_size", "log_every", "save_every", "val_every"):
         if getattr(s, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
     for name in ("prompts", "regions", "recovery_layers", "warmup", "workers", "seed", "w_mask", "w_dice", "w_rec",
@@ -146,16 +157,58 @@ def learning_rate(step: int, s: Settings) -> float:
     return poly * (1 - (1 - step / s.warmup) * (1 - 1e-6)) if step < s.warmup else poly
 
 
+def backward(model: CLIPRC, images: Tensor, labels: Tensor, text: Tensor, s: Settings,
+             unseen: tuple[int, ...]) -> dict[str, Tensor]:
+    """Eq. 11: adds the gradients of a batch's losses to the parameters', in `s.accumulate` parts; returns the losses.
+
+    images (B, 3, H, W), labels (B, H, W), text (C, D) as `CLIPRC.losses` takes them.
+    """
+    weights, parts = (s.w_mask, s.w_dice, s.w_rec), s.accumulate
+    if parts == 1:
+        losses = model.losses(images, labels, text, weights, unseen)
+        sum(losses.values()).backward()
+        return losses
+    batches = list(zip(images.chunk(parts), labels.chunk(parts)))
+    first_draw = torch.initial_seed()
+    if unseen:  # the loss divides by the pairs in the whole batch, so the parts' pseudo labels must be known beforehand
+        with torch.no_grad():
+            for n, (image, label) in enumerate(batches):
+                torch.manual_seed(first_draw + n)  # with the very dropout that the part will meet again below
+                label.copy_(pseudo_labels(model(image, text), label, unseen))
+    pairs = present_pairs(labels, len(text)) / parts
+    total = {}
+    for n, (image, label) in enumerate(batches):
+        torch.manual_seed(first_draw + n)
+        losses = model.losses(image, label, text, weights, (), pairs)
+        sum(losses.values()).div(parts).backward()
+        total = {name: total.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
+    return total
+
+
+def load_trained(model: CLIPRC, checkpoint: dict, path: str | Path, clip_sha256: str) -> None:
+    """Puts a checkpoint's trained tensors into a model of the same settings on the same CLIP.
+
+    Raises ValueError naming the file where they belong to another model or another CLIP file.
+    """
+    if checkpoint["clip_sha256"] not in (None, clip_sha256):
+        raise ValueError(f"{path} was trained on another CLIP file than --clip names (their SHA-256 differ)")
+    try:
+        missing, _ = model.load_state_dict(checkpoint["weights"], strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds another model's weights ({' '.join(str(error).split())[-150:]})") from error
+    lacking = {name for name, parameter in model.named_parameters() if parameter.requires_grad} & set(missing)
+    if lacking:
+        raise ValueError(f"{path} holds another model's weights (there is no {min(lacking)})")
+
+
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Sec. 4.2's several GPUs: the mean of the processes' gradients, in one message."""
-    for parameter in parameters:
-        if parameter.grad is None:  # a part that this setting leaves out; every process must send the same
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    dist.all_reduce(gradients)
-    gradients /= dist.get_world_size()
-    for parameter, gradient in zip(parameters, gradients.split([parameter.numel() for parameter in parameters])):
-        parameter.grad.copy_(gradient.view_as(parameter))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    message = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(message)
+    message /= dist.get_world_size()
+    for gradient, mean in zip(gradients, message.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def claim_folder(s: Settings) -> dict | None:
@@ -193,8 +246,8 @@ def main() -> None:
     seen = [i for i in range(len(names)) if i not in unseen]
     if s.setting == "inductive":
         train_data = data.seen_classes(train_data)  # from here on training knows no other name, mask or number
-    if s.batch_size % world:
-        raise ValueError(f"--batch-size {s.batch_size}: {world} processes cannot share it evenly")
+    if s.batch_size % (world * s.accumulate):
+        raise ValueError(f"--batch-size {s.batch_size}: {world} processes in {s.accumulate} parts cannot share it evenly")
     if rank == 0:
         clip_file(s.clip)  # one process downloads it
     if world > 1:
@@ -207,8 +260,8 @@ def main() -> None:
     # model and optimiser
     torch.manual_seed(s.seed)
     model = CLIPRC(clip_model.visual, num_prompts=s.prompts, regions=s.regions, update_regions=s.update_regions, ram=s.ram,
-                   align=s.align, rdl=s.rdl, recovery_layers=s.recovery_layers, recovery_loss=s.recovery_loss, init=s.init,
-                   dropout=s.dropout).to(device)
+                   align=s.align, rdl=s.rdl, recovery_layers=s.recovery_layers, recovery_loss=s.recovery_loss,
+                   initialiser=s.initialiser, dropout=s.dropout).to(device)
     patch_size = clip_model.visual.conv1.kernel_size[0]
     cells = s.crop_size / patch_size / max(1, model.encoder.region_grid)
     if s.crop_size % patch_size or cells != int(cells):
@@ -219,6 +272,9 @@ def main() -> None:
     lower, stride = LOWER if s.setting == "inductive" else 0.0, s.crop_size * 426 // 512
     transductive_unseen = unseen if s.setting == "transductive" else ()
 
+    if s.init:
+        load_trained(model, read_checkpoint(s.init), s.init, clip_sha256)
+
     # the run's folder; a run that goes on takes up weights, optimiser and place
     out, start, checkpoint = Path(s.out), 0, None
     if rank == 0:
@@ -227,9 +283,7 @@ def main() -> None:
         dist.barrier()
         checkpoint = read_checkpoint(out / "last.pt") if s.resume and (out / "last.pt").exists() else None
     if checkpoint:
-        if checkpoint["clip_sha256"] != clip_sha256:
-            raise ValueError(f"--clip {clip_path} is another CLIP file than {out}/last.pt was trained on")
-        model.load_state_dict(checkpoint["weights"], strict=False)
+        load_trained(model, checkpoint, out / "last.pt", clip_sha256)
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
 
@@ -265,14 +319,13 @@ def main() -> None:
     clock = time.perf_counter()
     for step, (images, labels) in enumerate(loader, start=start):
         # Dropout's numbers depend on seed, step and process alone, so a resumed run draws what it would have drawn.
-        torch.manual_seed((s.seed * 1_000_003 + step) * 4096 + rank)
+        torch.manual_seed(int(np.random.SeedSequence((s.seed, step, rank)).generate_state(1)[0]))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast(device, s.precision):
-            losses = model.losses(images, labels, train_text, (s.w_mask, s.w_dice, s.w_rec), transductive_unseen)
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        with autocast(device, s.precision):
+            losses = backward(model, images, labels, train_text, s, transductive_unseen)
         if world > 1:
             average_gradients(trained)
         optimizer.step()
@@ -294,7 +347,7 @@ def main() -> None:
             clock = time.perf_counter()
         if rank == 0 and (done % s.save_every == 0 or done == s.iterations or stopping):
             save("last.pt", done)
-        if rank == 0 and done == s.iterations // 2:
+        if rank == 0 and done == s.iterations // 2 and s.setting == "inductive":
             save("half.pt", done)
         if stopping:
             break

@@ -100,6 +100,8 @@ def test_decoder_layer_attends_as_written():
     torch.manual_seed(0)
     block = model.CrossBlock(16, dropout=0.1).double().eval()
     x, memory = torch.randn(2, 3, 16, dtype=torch.float64), torch.randn(2, 7, 16, dtype=torch.float64)
+    with torch.no_grad():
+        block.attention.k.bias.normal_()  # leaves the attention as it is, by the softmax, but not ZegCLIP's scores
     q, k, v = block.attention.q(x), block.attention.k(memory), block.attention.v(memory)
     heads, mean_scores = [], 0
     for h in range(8):
@@ -236,7 +238,7 @@ def test_region_tokens_alone_reach_zegclips_decoder():
 
 
 def test_initialisation_as_released_copies_the_layers_and_truncated_normal_does_not():
-    released, truncated = make_network(), make_network(init="truncated_normal")
+    released, truncated = make_network(), make_network(initialiser="truncated_normal")
     for branch in ("q_blocks", "v_blocks"):
         first, *others = (block.state_dict() for block in getattr(released.decoder, branch))
         assert all(torch.equal(first[name], other[name]) for other in others for name in first)
@@ -249,7 +251,7 @@ def test_initialisation_as_released_copies_the_layers_and_truncated_normal_does_
 
 
 @pytest.mark.parametrize("settings, culprit", [({"regions": 0}, "ram"), ({"ram": False}, "rdl"), ({"align": "RG"}, "align"),
-                                               ({"recovery_loss": "l3"}, "recovery_loss"), ({"init": "x"}, "init"),
+                                               ({"recovery_loss": "l3"}, "recovery_loss"), ({"initialiser": "x"}, "initialiser"),
                                                ({"regions": 3}, "regions")])
 def test_settings_that_do_not_go_together_are_named(settings, culprit):
     with pytest.raises(ValueError, match=culprit):

@@ -1,0 +1,266 @@
+"""Sec. 4.2: the schedule, a run from start to table, stopping and going on, several processes, bad input."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import train
+from model import read_checkpoint
+
+PARTS = [(5, (200, 60, 40)), (7, (60, 200, 60)), (15, (60, 80, 220)), (18, (220, 220, 60))]  # bottle, car, person, sofa*
+
+
+@pytest.fixture(scope="session")
+def voc(tmp_path_factory) -> Path:
+    """Three pictures of coloured quarters in VOC's layout, a little noisy, a strip of them ignored."""
+    root, rng = tmp_path_factory.mktemp("voc"), np.random.default_rng(0)
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for n in range(3):
+        image, label = np.zeros((80, 112, 3)), np.zeros((80, 112), np.uint8)
+        for i, (number, colour) in enumerate(rng.permutation(np.array(PARTS, dtype=object))):
+            part = np.s_[i // 2 * 40:i // 2 * 40 + 40, i % 2 * 56:i % 2 * 56 + 56]
+            image[part], label[part] = colour, number
+        label[38:42] = 255
+        image = (image + rng.normal(0, 12, image.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(image).save(root / f"JPEGImages/{n}.jpg", quality=95)
+        Image.fromarray(label).save(root / f"SegmentationClass/{n}.png")
+    for split in ("train", "val"):
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("0\n1\n2\n")
+    return root
+
+
+@pytest.fixture
+def flags(voc, clip_path, tmp_path) -> list[str]:
+    """A run small enough for a test: 8 steps of 4 pictures of 64x64."""
+    return ["--dataset", "voc", "--data-root", str(voc), "--clip", str(clip_path), "--out", str(tmp_path / "run"),
+            "--crop-size", "64", "--batch-size", "4", "--iterations", "8", "--regions", "4", "--workers", "0",
+            "--save-every", "2", "--log-every", "1", "--device", "cpu"]
+
+
+def run(*arguments: str, program: str = "train.py") -> subprocess.CompletedProcess:
+    """A program from its command line to its exit code; in this process, where PyTorch is imported already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    argv, sys.argv = sys.argv, [program, *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """The same in a process of its own, which can be killed."""
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(folder / "last.pt")["weights"]
+
+
+def test_schedule_warms_up_and_falls_like_a_polynomial():
+    s = train.parse_settings(["--dataset", "voc", "--data-root", "."])
+    assert (s.lr, s.warmup, s.iterations, s.batch_size) == (2e-4, 1500, 40_000, 16)
+    rates = [train.learning_rate(step, s) for step in range(s.iterations)]
+    assert rates[0] == pytest.approx(2e-4 * 1e-6, rel=1e-3)
+    assert rates.index(max(rates)) == 1499 or rates.index(max(rates)) == 1500
+    assert rates[20_000] == pytest.approx((2e-4 - 1e-6) * 0.5**0.9 + 1e-6)
+    assert rates[-1] == pytest.approx(1e-6, rel=0.05) and all(a > b for a, b in zip(rates[1500:], rates[1501:]))
+
+
+def test_presets_are_the_papers():
+    def preset(*arguments: str) -> tuple:
+        s = train.parse_settings([*arguments, "--data-root", "."])
+        return s.prompts, s.w_mask, s.w_dice, s.w_rec, s.iterations, s.regions, s.batch_size, s.crop_size, s.initialiser
+    same = (16, 16, 512, "released")
+    assert preset("--dataset", "voc") == (10, 100, 1, 2, 40_000, *same)
+    assert preset("--dataset", "context") == (35, 100, 1, 2, 40_000, *same)
+    assert preset("--dataset", "coco-stuff") == (100, 200, 3, 50, 80_000, *same)
+    assert preset("--dataset", "coco-stuff", "--setting", "transductive", "--init", "")[4] == 40_000
+    assert preset("--dataset", "voc", "--setting", "transductive", "--init", "")[4] == 20_000
+    assert preset("--dataset", "voc", "--setting", "supervised")[1:4] == (100, 1, 0)
+    assert preset("--dataset", "coco-stuff", "--setting", "supervised")[1:4] == (100, 1.5, 1)
+    assert preset("--dataset", "coco-stuff", "--w-rec", "7")[3] == 7
+
+
+def test_run_ends_with_the_table_that_eval_prints_again(flags, voc, clip_path, tmp_path):
+    result = run(*flags)
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr and "training:" not in result.stderr  # no terminal, no bar
+    folder = tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert all(line["loss"] == pytest.approx(sum(line[k] for k in ("mask", "dice", "recovery_q", "recovery_v")))
+               for line in lines if "loss" in line)
+    assert Image.open(folder / "loss.png").size > (100, 100)
+    assert read_checkpoint(folder / "half.pt")["step"] == 4
+    assert "train.txt alone" in result.stdout  # what is not there is said
+
+    table = result.stdout[result.stdout.index("class (* unseen)"):]
+    evaluated = run(str(folder / "last.pt"), "--device", "cpu", program="eval.py")
+    assert evaluated.returncode == 0, evaluated.stderr
+    per_class, row = table.split("\n\n")[0], table.split("CLIP-RC ")[1].splitlines()[0]
+    assert per_class in evaluated.stdout and row in evaluated.stdout
+    assert re.search(r"^\* sofa ", per_class, re.M) and re.search(r"^  person ", per_class, re.M)
+
+    checkpoint = read_checkpoint(folder / "last.pt")
+    assert not any("encoder.visual" in name for name in checkpoint["weights"])
+    assert checkpoint["class_names"][15] == "pottedplant" and checkpoint["unseen"] == [15, 16, 17, 18, 19]
+
+
+@pytest.mark.slow
+def test_three_pictures_are_learnt_by_heart(flags, tmp_path):
+    result = run(*flags, "--iterations", "400", "--lr", "1e-3", "--initialiser", "truncated_normal", "--log-every", "20")
+    assert result.returncode == 0, result.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if "loss" in line]
+    assert losses[-1] < 0.1 * losses[0]
+    evaluated = run(str(tmp_path / "run" / "last.pt"), "--split", "train", "--seen-only", program="eval.py")
+    assert float(re.search(r"CLIP-RC +([\d.]+)", evaluated.stdout)[1]) > 90
+
+
+def test_one_seed_gives_the_same_weights_and_another_does_not(flags, tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    for folder, seed in ((a, "3"), (b, "3"), (c, "4")):
+        assert run(*flags, "--out", str(folder), "--seed", seed).returncode == 0
+    assert all(torch.equal(weights(a)[name], weights(b)[name]) for name in weights(a))
+    assert any(not torch.equal(weights(a)[name], weights(c)[name]) for name in weights(a))
+
+
+def test_inductive_training_knows_no_unseen_name_or_label(flags, monkeypatch):
+    given = []
+
+    def spy(self, images, labels, text, *more):
+        given.append((labels, text, more))
+        raise StopIteration
+    monkeypatch.setattr(train.CLIPRC, "losses", spy)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    for name in (signal.SIGINT, signal.SIGTERM):
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(StopIteration):
+        train.main()
+    labels, text, (_, unseen) = given[0]
+    assert len(text) == 15 and unseen == () and set(labels.unique().tolist()) <= {*range(15), 255}
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_resumed_run_ends_with_the_same_weights(flags, tmp_path, how):
+    flags = [*flags, "--iterations", "40"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(*flags, "--out", str(whole)).returncode == 0
+    process = start(*flags, "--out", str(broken))
+    wait_for(broken / "last.pt", process)
+    process.send_signal(how)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == (0 if how == signal.SIGTERM else -signal.SIGKILL)
+    stopped_at = read_checkpoint(broken / "last.pt")["step"]
+    assert stopped_at < 40 and (how == signal.SIGKILL or f"stopped after step {stopped_at}" in out)
+    again = run(*flags, "--out", str(broken), "--resume")
+    assert again.returncode == 0 and f"from step {stopped_at}" in again.stdout, again.stderr
+    assert all(torch.equal(weights(whole)[name], weights(broken)[name]) for name in weights(whole))
+    steps = [[json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in line]
+             for folder in (whole, broken)]
+    assert steps[0] == steps[1] == list(range(1, 41))
+
+
+def test_a_second_run_keeps_the_first_aside(flags, tmp_path):
+    assert run(*flags, "--iterations", "2").returncode == 0
+    first = weights(tmp_path / "run")
+    again = run(*flags, "--iterations", "2", "--seed", "1")
+    assert again.returncode == 0 and "kept as" in again.stdout
+    assert all(torch.equal(first[name], tensor) for name, tensor in weights(tmp_path / "run.1").items())
+
+
+def refused(*arguments: str, program: str = "train.py") -> str:
+    """The one line that a refused command prints on stderr."""
+    result = run(*arguments, program=program)
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+def break_voc(voc: Path, root: Path, how: str) -> None:
+    shutil.copytree(voc, root)
+    mask, image = root / "SegmentationClass/1.png", root / "JPEGImages/1.jpg"
+    if how == "no mask":
+        mask.unlink()
+    elif how == "other size":
+        Image.new("L", (50, 50), 5).save(mask)
+    elif how == "label 21":
+        Image.new("L", (112, 80), 21).save(mask)
+    elif how == "truncated":
+        image.write_bytes(image.read_bytes()[:700])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("how, culprit", [("no mask", "1.jpg"), ("other size", "1.png"), ("label 21", "1.png"),
+                                          ("truncated", "1.jpg")])
+def test_a_bad_picture_is_named(flags, voc, tmp_path, how, culprit, workers):
+    if workers == "1" and how != "truncated":
+        pytest.skip("one is enough to see an error come back from a worker")
+    break_voc(voc, tmp_path / "bad", how)
+    assert culprit in refused(*flags, "--data-root", str(tmp_path / "bad"), "--workers", workers)
+
+
+@pytest.mark.parametrize("extra, culprit", [
+    (["--data-root", "/nowhere"], "/nowhere"), (["--clip", __file__], "test_train.py"), (["--clip", "RN50"], "ResNet"),
+    (["--regions", "9"], "--regions"), (["--regions", "5"], "regions"), (["--crop-size", "70"], "--crop-size"),
+    (["--iterations", "0"], "--iterations"), (["--lr", "-1"], "--lr"), (["--no-ram"], "rdl"), (["--device", "tpu"], "--device")])
+def test_a_bad_flag_is_named_and_nothing_is_written(flags, tmp_path, extra, culprit):
+    assert culprit in refused(*flags, *extra)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_settings_or_another_model_is_refused(flags, tmp_path):
+    assert run(*flags, "--iterations", "2").returncode == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    assert "--regions" in refused(*flags, "--iterations", "2", "--regions", "16", "--resume")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    assert "other.pt" in refused(str(tmp_path / "other.pt"), program="eval.py")
+    checkpoint = read_checkpoint(tmp_path / "run" / "last.pt")
+    checkpoint["model"]["num_prompts"] = 5
+    torch.save(checkpoint, tmp_path / "altered.pt")
+    assert "altered.pt" in refused(str(tmp_path / "altered.pt"), program="eval.py")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_compute_what_one_does(flags, tmp_path, processes):
+    flags = [*flags, "--iterations", "5", "--dropout", "0"]
+    one, several = tmp_path / "one", tmp_path / "several"
+    alone = run(*flags, "--out", str(one))
+    together = start(*flags, "--out", str(several),
+                     launcher=("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"))
+    out, err = together.communicate(timeout=120)
+    assert alone.returncode == 0 and together.returncode == 0, err
+    for name, tensor in weights(one).items():
+        assert (weights(several)[name] - tensor).norm() <= 1e-5 * max(tensor.norm(), 1e-3), name
+    assert alone.stdout[alone.stdout.index("class (*"):].split("\n\n")[:2] == \
+        out[out.index("class (*"):].split("\n\n")[:2]
