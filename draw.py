@@ -1,18 +1,23 @@
-"""All drawing in one place: label colours, masks over pictures, legends and grids of tiles (Fig. 6), line charts."""
+"""All drawing in one place: label colours, masks over pictures with legends (Fig. 6), region tags (Fig. 2), line charts."""
 
 import functools
 import math
 import os
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 INK, GREY, PALE, RED = (30, 30, 30), (120, 120, 120), (222, 222, 222), (200, 0, 20)
-# told apart with and without colour-blindness: seven by Okabe and Ito, then five of Tol's "muted" and "light" sets
+# Okabe and Ito's seven, told apart with and without colour-blindness
 FIRST_COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (204, 121, 167), (240, 228, 66),
-                 (86, 180, 233), (136, 34, 85), (51, 34, 136), (187, 204, 51), (153, 153, 51), (255, 170, 187))
+                 (86, 180, 233))
+# what eyes without one kind of cone make of linear red, green and blue (Machado et al. 2009, severity 1)
+EYES = {"protan": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+        "deutan": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+        "tritan": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304))}
 
 
 @functools.cache
@@ -20,29 +25,37 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
+def lab(rgb: np.ndarray, eye: str | None = None) -> np.ndarray:
+    """CIE Lab, in which distance is how different two colours look: (..., 3) 0..255 -> (..., 3); eye: one of EYES."""
+    linear = np.where(rgb <= 10, rgb / 3294.6, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
+    if eye:
+        linear = (linear @ np.array(EYES[eye]).T).clip(0, 1)
+    xyz = linear @ np.array([[0.4339, 0.2126, 0.0178], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8727]])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
 @functools.cache
 def _colours() -> np.ndarray:
-    """(255, 3) uint8: FIRST_COLOURS, then always the colour farthest, in CIE Lab, from all before it and from white."""
+    """(255, 3) uint8: FIRST_COLOURS, then always the one that the eye it suits least tells best from all before it and
+    from white. Colour-blind eyes count double: they have less room to begin with."""
     steps = np.arange(16, 256, 20)
     candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)  # (n, 3)
-    chosen = np.array([*FIRST_COLOURS, (255, 255, 255)])
+    lightness, *ab = lab(candidates).T
+    chroma = np.hypot(*ab)  # grey looks like "no label", pure colours drown the picture
+    candidates = candidates[(chroma > 22) & (chroma < 90) & (lightness > 33) & (lightness < 93)]
 
-    def lab(rgb: np.ndarray) -> np.ndarray:
-        linear = np.where(rgb <= 10, rgb / 3294.6, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
-        xyz = linear @ np.array([[0.4339, 0.2126, 0.0178], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8727]])
-        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-        return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], -1)
+    def points(colours: np.ndarray) -> np.ndarray:  # (eyes, n, 3)
+        return np.stack([lab(colours), *(2 * lab(colours, eye) for eye in EYES)])
 
-    points = lab(candidates)
-    chroma = np.hypot(points[:, 1], points[:, 2])  # grey looks like "no label", pure colours drown the picture
-    candidates = candidates[(chroma > 22) & (chroma < 90) & (points[:, 0] > 33) & (points[:, 0] < 93)]
-    points = lab(candidates)
-    distance = np.linalg.norm(points[:, None] - lab(chosen), axis=-1).min(1)  # (n,)
+    seen = points(candidates)
+    chosen = points(np.array([*FIRST_COLOURS, (255, 255, 255)]))
+    distance = np.linalg.norm(seen[:, :, None] - chosen[:, None], axis=-1).min((0, 2))  # (n,)
     picked = list(FIRST_COLOURS)
     while len(picked) < 255:
         best = distance.argmax()
         picked.append(tuple(candidates[best]))
-        distance = np.minimum(distance, np.linalg.norm(points - points[best], axis=-1))
+        distance = np.minimum(distance, np.linalg.norm(seen - seen[:, best, None], axis=-1).min(0))
     return np.array(picked, np.uint8)
 
 
@@ -93,7 +106,10 @@ def _fit(text: str, size: int, width: float = math.inf) -> str:
 
 
 def legend(names: list[str], colours: np.ndarray, unseen: set[int], width: int) -> Image.Image:
-    """Fig. 6's tags: a swatch and a name per class in columns that fill `width`; unseen names in red with a *."""
+    """Fig. 6's tags: a swatch and a name per class in columns that fill `width`; unseen names in red with a *.
+
+    names, colours (n, 3) uint8: in the order to show; unseen: their positions. Returns a picture `width` pixels wide.
+    """
     size = 15 if len(names) <= 40 else 12
     line, indent = size + 9, int(1.4 * size) + 6
     texts = [_fit(name + " *" * (i in unseen), size, width - indent - 12) for i, name in enumerate(names)]
@@ -107,12 +123,40 @@ def legend(names: list[str], colours: np.ndarray, unseen: set[int], width: int) 
             slot += columns - slot % columns
         places.append(divmod(slot, columns))
         slot += span
-    out = Image.new("RGB", (width, max(1, -(-slot // columns)) * line + 8), "white")
+    rows = max(1, -(-slot // columns)) + bool(unseen)
+    out = Image.new("RGB", (width, rows * line + 8), "white")
     pen = ImageDraw.Draw(out)
     for i, (row, column) in enumerate(places):
         x, y = 4 + column * width / columns, 4 + row * line
         pen.rectangle((x, y + 3, x + 1.4 * size, y + line - 4), tuple(map(int, colours[i])), GREY)
         pen.text((x + indent, y + line / 2), texts[i], RED if i in unseen else INK, _font(size), anchor="lm")
+    if unseen:
+        pen.text((4, out.height - line / 2 - 4), _fit("* red: no mask in training", size, width - 8), GREY, _font(size),
+                 anchor="lm")
+    return out
+
+
+def region_names(image: Image.Image, answers: list[list[int]], names: Sequence[str], unseen: set[int]) -> Image.Image:
+    """Fig. 2: the name that each region of an m x m grid was given, written in its cell; unseen names in red."""
+    out, m = image.copy(), len(answers)
+    pen = ImageDraw.Draw(out)
+    width, height = out.width / m, out.height / m
+    size = max(9, min(15, int(height / 6)))
+    for row in range(m):
+        for column in range(m):
+            left, top, answer = column * width, row * height, answers[row][column]
+            lines, words = [], names[answer].split()
+            while words:  # as many words a line as fit
+                fit = max([n for n in range(1, len(words) + 1) if _font(size).getlength(" ".join(words[:n])) <= width - 8] or [1])
+                lines.append(_fit(" ".join(words[:fit]), size, width - 8))
+                words = words[fit:]
+            lines = lines[:max(1, int(height / (size + 3)))]
+            pen.rectangle((left, top, left + width - 1, top + height - 1), outline="white")
+            y = top + height / 2 - len(lines) * (size + 3) / 2
+            longest = max(_font(size).getlength(line) for line in lines)
+            pen.rectangle((left + (width - longest) / 2 - 3, y - 1, left + (width + longest) / 2 + 3, y + len(lines) * (size + 3) + 1), "white")
+            for n, line in enumerate(lines):
+                pen.text((left + width / 2, y + (n + 0.5) * (size + 3)), line, RED if answer in unseen else INK, _font(size), anchor="mm")
     return out
 
 
@@ -137,6 +181,62 @@ def grid(rows: list[list[Image.Image]], headers: list[str] | None = None,
             out.paste(tile, (x, y))
             x += widths[c] + gap
         y += heights[r] + gap
+    return out
+
+
+def label_figure(photo: Image.Image, maps: dict[str, np.ndarray], names: list[str], unseen: set[int]) -> Image.Image:
+    """Fig. 6: a photo under its label map, or captioned ones side by side behind the bare photo, and their legend.
+
+    maps: {caption: (H, W) uint8 of rows of names, or 255}, of the photo's size. The legend, below a wide picture and
+    beside a tall one, has the last map's classes, the largest first, then what only the others show.
+    A large photo is drawn smaller, a tiny one larger by a whole number, its pixels as they are.
+    """
+    longest = 1600 if len(maps) == 1 else 800
+    scale = longest / max(photo.size) if max(photo.size) > longest else max(1, longest // 2 // max(photo.size))
+    size = [max(1, round(side * scale)) for side in photo.size]
+    bare = photo.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    colours, tiles = palette(len(names)), []
+    for label in maps.values():
+        small = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+        # under a label the photo turns grey, or its own colours would change the legend's
+        pixels = np.where(small[..., None] == 255, np.asarray(bare), np.asarray(bare.convert("L"))[..., None])
+        tiles.append(overlay(pixels, small, colours, 0.5))
+    *others, counts = [np.bincount(label.ravel(), minlength=256)[:len(names)] for label in maps.values()]
+    present = [i for i in np.lexsort((-sum(others, np.zeros_like(counts)), -counts)) if counts[i] or any(o[i] for o in others)]
+    picture = tiles[0] if len(maps) == 1 else grid([[bare, *tiles]], ["photo", *maps])
+    tall = picture.height > 1.2 * picture.width
+    tags = legend([names[i] for i in present], colours[present], {place for place, i in enumerate(present) if i in unseen},
+                  260 if tall else max(260, picture.width))
+    return grid([[picture, tags]] if tall else [[picture], [tags]])
+
+
+def region_tags(photo: Image.Image, names: list[str], unseen: set[int]) -> Image.Image:
+    """Fig. 2: a photo cut into m x m cells, each with its name, the names at `unseen` in red with a *.
+
+    names: M = m x m of them, in raster order. The photo is enlarged until a cell has room for words.
+    """
+    m, size = math.isqrt(len(names)), 15
+    scale = max(min(1, 1600 / max(photo.size)), 400 / max(photo.size), 110 * m / photo.width, 60 * m / photo.height)
+    out = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(out)
+    width, height = out.width / m, out.height / m
+    for k in range(1, m):
+        pen.line((k * width, 0, k * width, out.height), "white", 2)
+        pen.line((0, k * height, out.width, k * height), "white", 2)
+    for i, name in enumerate(names):
+        x, y = i % m * width + 5, i // m * height + 5
+        lines = [""]
+        for word in (name + " *" * (i in unseen)).split():
+            longer = f"{lines[-1]} {word}".strip()
+            if _font(size).getlength(longer) <= width - 20 or not lines[-1]:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+        lines = lines[:max(1, int((height - 12) // (size + 3)))]
+        text = "\n".join(_fit(line, size, width - 20) for line in lines)
+        left, top, right, bottom = pen.multiline_textbbox((x + 4, y + 2), text, _font(size), spacing=3)
+        pen.rectangle((x, y, right + 4, bottom + 4), "white")
+        pen.multiline_text((x + 4, y + 2), text, RED if i in unseen else INK, _font(size), spacing=3)
     return out
 
 
@@ -209,16 +309,19 @@ def line_chart(series: dict[str, list[tuple[float, float]]], title: str, size: t
 def save(image: Image.Image, path: str | Path) -> None:
     """Writes a figure beside its place and renames it, so that no half-written file ever bears the name.
 
-    ValueError for a suffix Pillow does not know.
+    ValueError for a suffix Pillow does not know, OSError naming the file where it cannot be written.
     """
     path = Path(path)
     file_format = Image.registered_extensions().get(path.suffix.lower())
     if file_format is None:
         raise ValueError(f"{path}: unknown kind of picture '{path.suffix}'; end the name in .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         image.save(temporary, file_format)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error}); name another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.parent.is_dir() and len(os.fsencode(temporary.name)) < 256:
+            temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -208,6 +209,53 @@ def class_table(confusion: Tensor, names: Sequence[str], unseen: Sequence[int]) 
         IoU, Acc = ("-" if value.isnan() else f"{100 * value:.1f}" for value in (iou, acc))
         lines.append(f"{('* ' if i in unseen else '  ') + name:<28}{IoU:>8}{Acc:>8}{labelled[i] / labelled.sum():>9.1%}")
     return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------- pictures
+
+
+def cell_answers(encoder: Encoder, image: Tensor, text: Tensor) -> Tensor:
+    """Fig. 2: the class that each region token is closest to. image (3, H, W), text (C, D). Returns (m, m), int64."""
+    _, _, R = encoder(image[None])
+    return (R[0] @ text.T).argmax(1).unflatten(0, (encoder.region_grid, -1))
+
+
+@torch.no_grad()
+def result_pictures(model: CLIPRC, untrained: UntrainedClip, dataset: data.Dataset, text: Tensor, crop: int, stride: int,
+                    lower: float, seen: Sequence[int], count: int = 6, side: int = 224) -> dict[str, Image.Image]:
+    """Fig. 6 and Fig. 2 for the first images that show an unseen class: file names and pictures.
+
+    results.png: image, untrained CLIP's patches against the names, ours, the truth. regions.png: the region tokens
+    against the names, the untrained CLIP's beside ours.
+    """
+    names, unseen, colours = dataset.class_names, set(dataset.unseen), draw.palette(len(dataset.class_names))
+    samples = data.TestSet(dataset, crop)
+    chosen = [i for i in range(min(len(samples), 200)) if not unseen or unseen & set(samples[i][1].unique().tolist())]
+    rows, regions, shown = [], [], set()
+    for i in (chosen or range(len(samples)))[:count]:
+        image, label, _ = samples[i]
+        predictions = []
+        for network, penalty in ((untrained, 0.0), (model, lower)):
+            scores = slide_inference(network, image, text, crop, stride, penalty, seen)[None]
+            scores = F.interpolate(scores, size=label.shape, mode="bilinear", align_corners=False)[0]
+            predictions.append(scores.argmax(0).byte().cpu())
+        picture = data.read_image(dataset.pairs[i][0])
+        size = (side, round(side * picture.height / picture.width))
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+        labels = [np.array(Image.fromarray(each.numpy()).resize(size, Image.Resampling.NEAREST)) for each in (*predictions, label)]
+        rows.append([picture] + [draw.overlay(np.array(picture), each, colours, 0.75) for each in labels])
+        shown |= set(np.unique(labels).tolist()) - {data.IGNORE}
+        if model.encoder.region_grid:
+            square = F.interpolate(image[None], size=(crop, crop), mode="bilinear", align_corners=False)[0].to(text.device)
+            regions.append([draw.region_names(picture, cell_answers(network.encoder, square, text).tolist(), names, unseen)
+                            for network in (untrained, model)])
+    ids = sorted(shown)
+    results = draw.grid(rows, ["image", "CLIP, untrained", "CLIP-RC", "truth"])
+    legend = draw.legend([names[i] for i in ids], colours[ids], {ids.index(i) for i in unseen & shown}, results.width)
+    pictures = {"results.png": draw.grid([[results], [legend]])}
+    if regions:
+        pictures["regions.png"] = draw.grid(regions, ["CLIP's regions", "CLIP-RC's regions"])
+    return pictures
 
 
 # ---------------------------------------------------------------------------------------------------- run alone

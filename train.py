@@ -11,12 +11,13 @@ and ends with the very weights that it would have had.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from tqdm import tqdm
 
 import data
 import draw
-from eval import (LOWER, autocast, class_table, evaluate, paper_table, start_processes, zero_shot_metrics)
+from eval import (LOWER, UntrainedClip, autocast, class_table, evaluate, paper_table, result_pictures, start_processes,
+                  zero_shot_metrics)
 from model import (CLIPRC, clip_file, encode_text, file_sha256, load_clip, present_pairs, pseudo_labels, read_checkpoint,
                    save_checkpoint)
 
@@ -85,6 +87,7 @@ class Settings:
     val_every: int | None = flag(None, "steps between evaluations (a fifth of the run)")
     save_every: int = flag(1000, "steps between checkpoints")
     resume: bool = flag(False, "go on from OUT/last.pt if there is one")
+    ablate: int = flag(0, "instead of one run, those of Tables 5-8, with as many seeds, and a table beside the paper's")
 
 
 # Sec. 4.2 and the released configurations; Context is not in the release: K as in ZegCLIP's line of work, the rest as VOC.
@@ -217,7 +220,7 @@ def claim_folder(s: Settings) -> dict | None:
     checkpoint = None
     if s.resume and (out / "last.pt").exists():
         checkpoint = read_checkpoint(out / "last.pt")
-        free = {"out", "resume", "device", "workers", "log_every", "val_every", "save_every", "data_root", "clip"}
+        free = {"out", "resume", "ablate", "device", "workers", "log_every", "val_every", "save_every", "data_root", "clip"}
         for name, now in asdict(s).items():
             then = checkpoint["run"][name]
             if now != then and name not in free:
@@ -231,10 +234,8 @@ def claim_folder(s: Settings) -> dict | None:
     return checkpoint
 
 
-def main() -> None:
-    """One run, from top to bottom."""
-    s = parse_settings()
-
+def train(s: Settings) -> dict | None:
+    """One run (Sec. 4.2), from top to bottom. Returns Table 1's columns in percent, or None where it was stopped."""
     # processes, data, CLIP; everything that can be wrong with the input is found before anything is written
     device = start_processes(s.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -362,20 +363,30 @@ def main() -> None:
     bar.close()
 
     # what came out
-    if rank == 0 and stop_asked:
-        print(f"stopped after step {done:,}; the same command with --resume goes on from there")
-    elif rank == 0:
+    metrics = None
+    if stop_asked:
+        if rank == 0:
+            print(f"stopped after step {done:,}; the same command with --resume goes on from there")
+    else:
         if confusion is None:  # the run was finished already
             confusion = evaluate(model, val_data, text, s.crop_size, stride, lower, seen, s.workers, s.precision)
-        lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
-        names_of_losses = [name for name in ("loss", "mask", "dice", "recovery_q", "recovery_v") if name in lines[-1]]
-        draw.save(draw.line_chart({name: [(line["step"], line[name]) for line in lines] for name in names_of_losses},
-                                  f"{s.dataset}, {s.setting}: training losses", log_y=True), out / "loss.png")
-        print(class_table(confusion, names, unseen) + "\n")
-        print(paper_table({"CLIP-RC": zero_shot_metrics(confusion, unseen)}))
-        print(f"\n{out}/last.pt, log.jsonl, loss.png")
-    if world > 1:
-        dist.destroy_process_group()
+        metrics = zero_shot_metrics(confusion, unseen)
+        rows, untrained = {"CLIP-RC": metrics}, UntrainedClip(clip_model.visual, s.regions)
+        if s.dataset == "toy":
+            floor = evaluate(UntrainedClip(clip_model.visual), val_data, text, s.crop_size, stride, 0.0, ())
+            rows = {"CLIP, untrained": zero_shot_metrics(floor, unseen)} | rows
+        if rank == 0:
+            lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
+            parts = [name for name in ("loss", "mask", "dice", "recovery_q", "recovery_v") if name in lines[-1]]
+            draw.save(draw.line_chart({name: [(line["step"], line[name]) for line in lines] for name in parts},
+                                      f"{s.dataset}, {s.setting}: training losses", log_y=True), out / "loss.png")
+            for name, picture in result_pictures(model.eval(), untrained, val_data, text, s.crop_size, stride, lower, seen).items():
+                draw.save(picture, out / name)
+            note({"step": s.iterations, "result": metrics})
+            print(class_table(confusion, names, unseen) + "\n")
+            print(paper_table(rows))
+            print(f"\nin {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
+    return metrics
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
@@ -403,6 +414,73 @@ def write_text(path: Path, text: str) -> None:
     partial = Path(f"{path}.partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+# ------------------------------------------------------------------------------------------------ Tables 5 to 8
+
+# (table, row, settings that differ from the default, the paper's pAcc, hIoU, mIoU(S), mIoU(U) on VOC 2012)
+ABLATIONS = [
+    ("Table 5", "none (ZegCLIP)", {"regions": 0, "ram": False, "rdl": False}, (94.6, 84.3, 91.9, 77.8)),
+    ("Table 5", "RLB", {"ram": False, "rdl": False}, (95.2, 85.4, 91.5, 80.0)),
+    ("Table 5", "RLB + RAM", {"rdl": False}, (95.4, 87.4, 92.5, 82.9)),
+    ("Table 5", "RLB + RAM + RDL", {}, (95.8, 88.4, 92.8, 84.4)),
+    ("Table 6", "region tokens trained", {"update_regions": True}, (95.8, 87.9, 93.3, 83.1)),
+    ("Table 6", "M = 1", {"regions": 1}, (95.3, 86.9, 92.5, 82.0)),
+    ("Table 6", "M = 4", {"regions": 4}, (95.6, 87.3, 92.6, 82.6)),
+    ("Table 6", "M = 16", {"regions": 16}, (95.8, 88.4, 92.8, 84.4)),
+    ("Table 7", "neither", {"align": ""}, (94.9, 85.6, 91.5, 80.5)),
+    ("Table 7", "[CLS]", {"align": "G"}, (95.4, 86.6, 92.1, 82.0)),
+    ("Table 7", "RLB", {"align": "R"}, (95.7, 87.0, 92.9, 81.8)),
+    ("Table 7", "[CLS] + RLB", {}, (95.8, 88.4, 92.8, 84.4)),
+    ("Table 8", "L1, 1 layer", {}, (95.8, 88.4, 92.8, 84.4)),
+    ("Table 8", "L2, 1 layer", {"recovery_loss": "l2"}, (95.2, 86.7, 91.8, 81.9)),
+    ("Table 8", "KD, 1 layer", {"recovery_loss": "kd"}, (95.4, 86.4, 92.2, 81.2)),
+    ("Table 8", "L1, no layer", {"recovery_layers": 0}, (95.0, 86.6, 91.3, 82.1)),
+    ("Table 8", "L1, 2 layers", {"recovery_layers": 2}, (95.4, 87.1, 92.4, 82.4)),
+    ("Table 8", "L1, 3 layers", {"recovery_layers": 3}, (95.3, 87.0, 91.6, 82.8)),
+    ("start", "truncated normal", {"initialiser": "truncated_normal"}, None),
+    ("start", "as released", {"initialiser": "released"}, None),
+]
+
+
+def ablate(s: Settings) -> None:
+    """Tables 5-8: every row over `s.ablate` seeds, mean and standard deviation beside the paper's VOC 2012 figures.
+
+    A run is kept in OUT/ablate and never repeated: started again, the command goes on where it was.
+    """
+    seeds = range(s.seed, s.seed + s.ablate)
+    finished: dict[str, list] = {}
+    rows = [(table, row, replace(s, **changes), paper) for table, row, changes, paper in ABLATIONS]
+    for table, row, settings, _ in tqdm(rows, "ablations", disable=None):
+        changed = {f.name: getattr(settings, f.name) for f in fields(s) if getattr(settings, f.name) != getattr(s, f.name)}
+        name = "-".join(f"{key}={value}" for key, value in changed.items()) or "default"
+        finished[table + row] = []
+        for seed in seeds:
+            out = Path(s.out) / "ablate" / f"{name}-seed={seed}"
+            results = [line["result"] for line in read_log(out / "log.jsonl") if "result" in line]
+            if not results:
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                    metrics = train(replace(settings, seed=seed, out=str(out), resume=True))
+                if metrics is None:
+                    print("stopped; the same command goes on from there")
+                    return
+                results = [metrics]
+            finished[table + row].append(results[-1])
+    print(f"{s.dataset}, {s.setting}, {s.iterations} steps, {len(seeds)} seeds: mean ± standard deviation"
+          f"{'':>6}the paper's, VOC 2012")
+    print(f"{'':<32}{'hIoU':>12}{'mIoU(S)':>13}{'mIoU(U)':>13}{'hIoU':>10}{'mIoU(S)':>9}{'mIoU(U)':>9}")
+    for table, row, _, paper in rows:
+        columns = [torch.tensor([run[key] for run in finished[table + row]]) for key in ("hIoU", "mIoU_S", "mIoU_U")]
+        ours = "".join(f"{column.mean():>8.1f} ±{column.std(correction=0):4.1f}" for column in columns)
+        print(f"{table:<9}{row:<22}{ours}" + ("".join(f"{value:>9.1f}" for value in paper[1:]) if paper else ""))
+
+
+def main() -> None:
+    """One run, or all those of Tables 5-8."""
+    s = parse_settings()
+    ablate(s) if s.ablate else train(s)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
