@@ -90,6 +90,8 @@ def main() -> None:
     args = parser.parse_args()
     if Path(args.ours).exists():
         raise ValueError(f"{args.ours} exists already; choose another name or move it away")
+    if not Path(args.released).is_file():
+        raise FileNotFoundError(f"{args.released}: no such file")
     try:
         state_dict = torch.load(args.released, map_location="cpu", weights_only=True)
         if not isinstance(state_dict, dict):

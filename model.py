@@ -514,6 +514,8 @@ def save_checkpoint(path: str | Path, model: CLIPRC, clip_sha256: str | None, **
 
 def read_checkpoint(path: str | Path) -> dict:
     """What `save_checkpoint` wrote, on the CPU. Raises ValueError for any other file; nothing in a file is ever run."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; train.py and convert.py write them")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != "clip-rc 1":

@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_data as miniature
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -128,6 +130,92 @@ def test_run_ends_with_the_table_that_eval_prints_again(flags, voc, clip_path, t
     checkpoint = read_checkpoint(folder / "last.pt")
     assert not any("encoder.visual" in name for name in checkpoint["weights"])
     assert checkpoint["class_names"][15] == "pottedplant" and checkpoint["unseen"] == [15, 16, 17, 18, 19]
+
+
+@pytest.mark.parametrize("name", ["context", "coco-stuff", "coco-stuff, raw", "folder"])
+def test_every_data_set_trains_and_is_evaluated(name, clip_path, tmp_path):
+    root, out, dataset = tmp_path / "data", tmp_path / "run", name.split(",")[0]
+    if dataset == "folder":
+        for part, make in (("images", miniature.picture), ("masks", lambda path: miniature.mask(path, [0, 1, 2, 255]))):
+            make(root / part / "a.png")
+        (root / "classes.txt").write_text("road\nhäuser\n*tree top\n", "utf-8")
+    else:
+        miniature.context(root) if dataset == "context" else miniature.coco(root, converted="raw" not in name)
+    flags = ["--clip", str(clip_path), "--out", str(out), "--crop-size", "32", "--regions", "4", "--batch-size", "2",
+             "--iterations", "2", "--workers", "0", "--device", "cpu", "--prompts", "3"]
+    trained = run("--dataset", dataset, "--data-root", str(root), *flags)
+    assert trained.returncode == 0, trained.stderr
+    evaluated = run(str(out / "last.pt"), "--workers", "0", "--save", str(tmp_path / "saved"), program="eval.py")
+    assert evaluated.returncode == 0, evaluated.stderr
+    row = re.search(r"^CLIP-RC .*$", trained.stdout, re.M)[0]
+    assert row in evaluated.stdout and "lowered by 0.1" in evaluated.stdout
+    (saved,) = (tmp_path / "saved").iterdir()
+    assert Image.open(saved).mode == "P" and Image.open(saved).size == (60, 40)
+    if dataset == "coco-stuff":  # Table 4: the same model on another data set's names, nothing lowered
+        miniature.context(tmp_path / "context")
+        for other, classes in (("context", 60), ("context59", 59)):
+            crossed = run(str(out / "last.pt"), "--dataset", other, "--data-root", str(tmp_path / "context"), "--workers", "0",
+                          program="eval.py")
+            assert crossed.returncode == 0, crossed.stderr
+            assert "lowered by 0;" in crossed.stdout.replace("by 0\n", "by 0;\n") and "mAcc" in crossed.stdout
+            assert len(crossed.stdout.split("\n\n")[0].splitlines()) == 1 + classes
+
+
+def test_raw_and_converted_coco_maps_train_the_same_model(clip_path, tmp_path):
+    ends = []
+    for converted in (False, True):
+        root, out = miniature.coco(tmp_path / f"data{converted}", converted), tmp_path / f"run{converted}"
+        result = run("--dataset", "coco-stuff", "--data-root", str(root), "--clip", str(clip_path), "--out", str(out),
+                     "--crop-size", "32", "--regions", "4", "--batch-size", "2", "--iterations", "3", "--workers", "0",
+                     "--prompts", "3", "--device", "cpu")
+        assert result.returncode == 0, result.stderr
+        ends.append(weights(out))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_transductive_and_supervised_runs_know_all_names_and_only_one_of_them_their_masks(flags, tmp_path, monkeypatch):
+    assert run(*flags).returncode == 0
+    half = str(tmp_path / "run" / "half.pt")
+    real, given = train.CLIPRC.losses, []
+
+    def spy(self, images, labels, text, weights, unseen=(), pairs=None):
+        given.append((len(text), tuple(unseen), set(labels.unique().tolist())))
+        return real(self, images, labels, text, weights, unseen, pairs)
+    monkeypatch.setattr(train.CLIPRC, "losses", spy)
+    for setting, init in (("transductive", ["--init", half]), ("supervised", [])):
+        result = run(*flags, "--setting", setting, "--out", str(tmp_path / setting), "--iterations", "2", *init)
+        assert result.returncode == 0, result.stderr
+        evaluated = run(str(tmp_path / setting / "last.pt"), "--workers", "0", program="eval.py")
+        assert "lowered by 0" in evaluated.stdout and "lowered by 0.1" not in evaluated.stdout
+        assert not (tmp_path / setting / "half.pt").exists()
+    assert [unseen for _, unseen, _ in given] == [(15, 16, 17, 18, 19)] * 2 + [()] * 2
+    assert all(names == 20 for names, _, _ in given) and all(17 in labels for _, _, labels in given)
+    assert "none.pt" in refused(*flags, "--setting", "transductive", "--init", str(tmp_path / "none.pt"))
+
+
+def test_a_transductive_run_starts_from_the_inductive_runs_middle(flags, tmp_path):
+    assert run(*flags).returncode == 0
+    half = tmp_path / "run" / "half.pt"
+    still = run(*flags, "--setting", "transductive", "--init", str(half), "--out", str(tmp_path / "still"), "--lr", "1e-6",
+                "--iterations", "1", "--weight-decay", "0")
+    assert still.returncode == 0, still.stderr
+    middle = read_checkpoint(half)["weights"]
+    assert all((tensor - middle[name]).abs().max() < 1e-5 for name, tensor in weights(tmp_path / "still").items())
+    assert any(not torch.equal(tensor, middle[name]) for name, tensor in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize("setting", ["inductive", "transductive"])
+def test_accumulated_parts_compute_what_the_whole_batch_does(flags, tmp_path, setting):
+    flags = [*flags, "--iterations", "3", "--dropout", "0", "--setting", setting, "--init", ""]
+    for parts in ("1", "4"):
+        result = run(*flags, "--out", str(tmp_path / parts), "--accumulate", parts)
+        assert result.returncode == 0, result.stderr
+    one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
+    for name, tensor in one.items():
+        assert (four[name] - tensor).norm() <= 1e-5 * max(tensor.norm(), 1e-3), name
+    logs = [[json.loads(line) for line in (tmp_path / parts / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+            for parts in ("1", "4")]
+    assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -249,6 +337,41 @@ def test_resuming_with_other_settings_or_another_model_is_refused(flags, tmp_pat
     torch.save(checkpoint, tmp_path / "altered.pt")
     assert "altered.pt" in refused(str(tmp_path / "altered.pt"), program="eval.py")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(flags, tmp_path):
+    flags = [*flags, "--iterations", "60", "--save-every", "1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(*flags, "--out", str(whole)).returncode == 0
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 10:
+        process = start(*flags, "--out", str(broken), "--resume")
+        wait_for(broken / "last.pt", process)
+        time.sleep(float(rng.uniform(0, 6)))  # anywhere: while it imports, trains, writes
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        if (broken / "last.pt").exists() and read_checkpoint(broken / "last.pt")["step"] >= 50:
+            break  # enough was left undone until now; the rest is the ordinary end
+    again = run(*flags, "--out", str(broken), "--resume")
+    assert again.returncode == 0 and kills > 2, again.stderr
+    assert all(torch.equal(weights(whole)[name], weights(broken)[name]) for name in weights(whole))
+
+
+def test_two_hosts_compute_what_one_process_does(flags, tmp_path):
+    flags = [*flags, "--iterations", "3", "--dropout", "0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = [start(*flags, "--out", str(tmp_path / "several"),
+                   launcher=("-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={host}", "--nproc-per-node=1",
+                             "--master-addr=127.0.0.1", f"--master-port={port}")) for host in range(2)]
+    errors = [host.communicate(timeout=120)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], errors
+    assert run(*flags, "--out", str(tmp_path / "one")).returncode == 0
+    for name, tensor in weights(tmp_path / "one").items():
+        assert (weights(tmp_path / "several")[name] - tensor).norm() <= 1e-5 * max(tensor.norm(), 1e-3), name
 
 
 @pytest.mark.parametrize("processes", [2, 4])
