@@ -307,7 +307,7 @@ def main() -> None:
                              "unit vectors. If the names are what finds these classes, they are lost with the last two")
     parser.add_argument("--save", type=Path, help="folder for the predictions, palette PNGs of class numbers; a new one")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: the training's")
     parser.add_argument("--workers", type=int, default=2, help="processes that read pictures (default %(default)s)")
     args = parser.parse_args()
 
@@ -352,7 +352,8 @@ def main() -> None:
         text[unseen] = text[unseen].roll(1, dims=0)
     elif args.unseen_names == "random":
         text[unseen] = F.normalize(torch.randn(len(unseen), text.shape[1], generator=torch.Generator().manual_seed(0)), dim=-1)
-    confusion = evaluate(model, dataset, text.to(device), crop, stride, lower, seen, args.workers, args.precision, args.save)
+    confusion = evaluate(model, dataset, text.to(device), crop, stride, lower, seen, args.workers,
+                         args.precision or run.get("precision", "float32"), args.save)
     if rank == 0:
         metrics = zero_shot_metrics(confusion, dataset.unseen)
         print(class_table(confusion, dataset.class_names, dataset.unseen))

@@ -13,6 +13,7 @@ and ends with the very weights that it would have had.
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -168,13 +169,14 @@ def backward(model: CLIPRC, images: Tensor, labels: Tensor, text: Tensor, s: Set
     """
     weights, parts = (s.w_mask, s.w_dice, s.w_rec), s.accumulate
     if parts == 1:
-        losses = model.losses(images, labels, text, weights, unseen)
+        with autocast(images.device, s.precision):
+            losses = model.losses(images, labels, text, weights, unseen)
         sum(losses.values()).backward()
         return losses
     batches = list(zip(images.chunk(parts), labels.chunk(parts)))
     first_draw = torch.initial_seed()
     if unseen:  # the loss divides by the pairs in the whole batch, so the parts' pseudo labels must be known beforehand
-        with torch.no_grad():
+        with torch.no_grad(), autocast(images.device, s.precision):
             for n, (image, label) in enumerate(batches):
                 torch.manual_seed(first_draw + n)  # with the very dropout that the part will meet again below
                 label.copy_(pseudo_labels(model(image, text), label, unseen))
@@ -182,7 +184,8 @@ def backward(model: CLIPRC, images: Tensor, labels: Tensor, text: Tensor, s: Set
     total = {}
     for n, (image, label) in enumerate(batches):
         torch.manual_seed(first_draw + n)
-        losses = model.losses(image, label, text, weights, (), pairs)
+        with autocast(images.device, s.precision):
+            losses = model.losses(image, label, text, weights, (), pairs)
         sum(losses.values()).div(parts).backward()
         total = {name: total.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
     return total
@@ -222,7 +225,7 @@ def claim_folder(s: Settings) -> dict | None:
         checkpoint = read_checkpoint(out / "last.pt")
         free = {"out", "resume", "ablate", "device", "workers", "log_every", "val_every", "save_every", "data_root", "clip"}
         for name, now in asdict(s).items():
-            then = checkpoint["run"][name]
+            then = checkpoint["run"].get(name, now)
             if now != then and name not in free:
                 raise ValueError(f"--{name.replace('_', '-')} {now}: {out}/last.pt was trained with {then}; "
                                  f"use that, or another --out for a new run")
@@ -240,8 +243,12 @@ def train(s: Settings) -> dict | None:
     device = start_processes(s.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if s.dataset == "toy" and s.data_root is None:
-        import toy
-        s.data_root = str(toy.default_world())
+        import toy  # the method does not need it
+        if rank == 0:
+            toy.default_world()  # one process draws it
+        if world > 1:
+            dist.barrier()
+        s.data_root = str(toy.DEFAULT_WORLD)
     train_data, val_data = (data.open_dataset(s.dataset, s.data_root, split) for split in ("train", "val"))
     names, unseen = train_data.class_names, train_data.unseen
     seen = [i for i in range(len(names)) if i not in unseen]
@@ -312,11 +319,10 @@ def train(s: Settings) -> dict | None:
     # the loop
     samples = data.TrainSet(train_data, s.crop_size, s.seed)
     batches = data.GlobalBatches(len(samples), s.batch_size, s.iterations, s.seed, rank, world, start)
-    loader = DataLoader(samples, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda",
-                        persistent_workers=False)
+    loader = DataLoader(samples, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=s.iterations, initial=start, desc="training", disable=True if rank else None)
     model.train()
-    confusion = None
+    confusion, stopping = None, False
     clock = time.perf_counter()
     for step, (images, labels) in enumerate(loader, start=start):
         # Dropout's numbers depend on seed, step and process alone, so a resumed run draws what it would have drawn.
@@ -325,28 +331,31 @@ def train(s: Settings) -> dict | None:
             group["lr"] = learning_rate(step, s)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         optimizer.zero_grad()
-        with autocast(device, s.precision):
-            losses = backward(model, images, labels, train_text, s, transductive_unseen)
+        losses = backward(model, images, labels, train_text, s, transductive_unseen)
         if world > 1:
             average_gradients(trained)
         optimizer.step()
         bar.update()
 
         done = step + 1
-        stopping = any_process(bool(stop_asked), device)
-        if done % s.log_every == 0 or done == s.iterations or stopping:
+        stopping = any_process(bool(stop_asked), device) and done < s.iterations
+        saving = done % s.save_every == 0 or done == s.iterations or stopping
+        if done % s.log_every == 0 or saving:
             values = {name: loss.detach() for name, loss in losses.items()}
             for value in values.values():
                 if world > 1:
                     dist.all_reduce(value)
             values = {name: value.item() / world for name, value in values.items()}
             total = sum(values.values())
+            if not math.isfinite(total):
+                raise ValueError(f"step {done}: the loss is {total}; what {out}/last.pt holds is from before. Lower --lr, or "
+                                 f"look at the pictures with data.py --check")
             if rank == 0:
                 seconds = (time.perf_counter() - clock) / min(s.log_every, done - start)
                 note({"step": done, "loss": total, **values, "lr": learning_rate(step, s), "seconds_per_step": round(seconds, 4)})
                 bar.set_postfix(loss=f"{total:.3f}")
             clock = time.perf_counter()
-        if rank == 0 and (done % s.save_every == 0 or done == s.iterations or stopping):
+        if rank == 0 and saving:
             save("last.pt", done)
         if rank == 0 and done == s.iterations // 2 and s.setting == "inductive":
             save("half.pt", done)
@@ -364,7 +373,7 @@ def train(s: Settings) -> dict | None:
 
     # what came out
     metrics = None
-    if stop_asked:
+    if stopping:
         if rank == 0:
             print(f"stopped after step {done:,}; the same command with --resume goes on from there")
     else:
