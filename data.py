@@ -247,6 +247,20 @@ def _mapping(raw_ids: Sequence[int], ignore: Sequence[int] = ()) -> np.ndarray:
     return table
 
 
+def with_unseen(dataset: Dataset, names: str) -> Dataset:
+    """Another split than Sec. 4.1's: the same data set with these unseen classes, comma-separated, "" for none.
+
+    Raises ValueError for a name that is no class of the data set, or that stands there twice.
+    """
+    listed = [" ".join(name.split()) for name in names.split(",") if name.strip()]
+    for name in listed:
+        if name not in dataset.class_names:
+            raise ValueError(f"--unseen: '{name}' is no class of {dataset.name}; its classes are {', '.join(dataset.class_names)}")
+        if listed.count(name) > 1:
+            raise ValueError(f"--unseen: '{name}' stands there twice")
+    return replace(dataset, unseen=tuple(map(dataset.class_names.index, listed)))
+
+
 def seen_classes(dataset: Dataset) -> Dataset:
     """Sec. 4.3's inductive setting: the same pictures as if the unseen classes had never been named or annotated.
 

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,9 @@ def main() -> None:
     if not name or not root:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on; give --dataset and --data-root")
     dataset = data.open_dataset(name, root, args.split)
+    same_names = tuple(checkpoint.get("class_names", ())) == dataset.class_names
+    if same_names:
+        dataset = replace(dataset, unseen=tuple(checkpoint["unseen"]))  # the split that it was trained with
     crop = args.crop_size or run.get("crop_size", 512)
     stride = args.stride or crop * 426 // 512
     if crop < 1 or not 0 < stride <= crop:
@@ -329,7 +333,6 @@ def main() -> None:
             raise ValueError(f"--save {args.save}: exists already; name a new folder")
         args.save.mkdir(parents=True)
     model = model_from_checkpoint(checkpoint, args.checkpoint, args.clip).to(device)
-    same_names = tuple(checkpoint.get("class_names", ())) == dataset.class_names
     if same_names:
         text = checkpoint["text"]
     else:

@@ -52,6 +52,7 @@ class Settings:
     setting: str = flag("inductive", "inductive: unseen classes have neither mask nor name in training; transductive: "
                                         "their names are known; supervised: their masks too",
                            choices=("inductive", "transductive", "supervised"))
+    unseen: str | None = flag(None, "the unseen classes, comma-separated, '' for none (the data set's own)")
     init: str | None = flag(None, "checkpoint whose trained weights the run starts from, '' for none (transductive: the "
                                   "inductive run's middle, runs/DATASET/half.pt)")
     out: str | None = flag(None, "folder of the run (runs/DATASET, with -SETTING unless inductive)")
@@ -250,6 +251,8 @@ def train(s: Settings) -> dict | None:
             dist.barrier()
         s.data_root = str(toy.DEFAULT_WORLD)
     train_data, val_data = (data.open_dataset(s.dataset, s.data_root, split) for split in ("train", "val"))
+    if s.unseen is not None:
+        train_data, val_data = (data.with_unseen(split, s.unseen) for split in (train_data, val_data))
     names, unseen = train_data.class_names, train_data.unseen
     seen = [i for i in range(len(names)) if i not in unseen]
     if s.setting == "inductive":

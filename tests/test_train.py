@@ -218,6 +218,25 @@ def test_accumulated_parts_compute_what_the_whole_batch_does(flags, tmp_path, se
     assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], rel=1e-5)
 
 
+def test_another_split_is_trained_and_evaluated_as_such(flags, tmp_path):
+    result = run(*flags, "--iterations", "2", "--unseen", "car, person")
+    assert result.returncode == 0, result.stderr
+    evaluated = run(str(tmp_path / "run" / "last.pt"), "--workers", "0", program="eval.py")
+    for table in (result.stdout, evaluated.stdout):
+        assert re.findall(r"^\* (\w+)", table, re.M) == ["car", "person"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(flags, tmp_path, monkeypatch):
+    real, calls = train.CLIPRC.losses, []
+
+    def spy(self, *arguments):
+        calls.append(1)
+        return {name: loss * (float("nan") if len(calls) == 5 else 1) for name, loss in real(self, *arguments).items()}
+    monkeypatch.setattr(train.CLIPRC, "losses", spy)
+    assert "step 5" in refused(*flags)
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
+
+
 @pytest.mark.slow
 def test_three_pictures_are_learnt_by_heart(flags, tmp_path):
     result = run(*flags, "--iterations", "400", "--lr", "1e-3", "--initialiser", "truncated_normal", "--log-every", "20")
@@ -320,7 +339,8 @@ def test_a_bad_picture_is_named(flags, voc, tmp_path, how, culprit, workers):
 @pytest.mark.parametrize("extra, culprit", [
     (["--data-root", "/nowhere"], "/nowhere"), (["--clip", __file__], "test_train.py"), (["--clip", "RN50"], "ResNet"),
     (["--regions", "9"], "--regions"), (["--regions", "5"], "regions"), (["--crop-size", "70"], "--crop-size"),
-    (["--iterations", "0"], "--iterations"), (["--lr", "-1"], "--lr"), (["--no-ram"], "rdl"), (["--device", "tpu"], "--device")])
+    (["--iterations", "0"], "--iterations"), (["--lr", "-1"], "--lr"), (["--no-ram"], "rdl"), (["--device", "tpu"], "--device"),
+    (["--unseen", "sofa, unicorn"], "unicorn"), (["--unseen", "sofa,sofa"], "twice"), (["--batch-size", "3", "--accumulate", "2"], "--batch-size")])
 def test_a_bad_flag_is_named_and_nothing_is_written(flags, tmp_path, extra, culprit):
     assert culprit in refused(*flags, *extra)
     assert not (tmp_path / "run").exists()
