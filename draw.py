@@ -1,4 +1,4 @@
-"""All drawing in one place: label colours, masks over pictures with legends (Fig. 6), region tags (Fig. 2), line charts."""
+"""All drawing in one place: label colours, masks over pictures, legends, tiles (Fig. 6), regions (Fig. 2), charts."""
 
 import functools
 import math
@@ -137,26 +137,30 @@ def legend(names: list[str], colours: np.ndarray, unseen: set[int], width: int) 
 
 
 def region_names(image: Image.Image, answers: list[list[int]], names: Sequence[str], unseen: set[int]) -> Image.Image:
-    """Fig. 2: the name that each region of an m x m grid was given, written in its cell; unseen names in red."""
+    """Fig. 2: the name that each region of an m x m grid was given, written in its cell; unseen names in red with a *.
+
+    answers: m rows of m indices into names. Returns a copy of the image.
+    """
     out, m = image.copy(), len(answers)
     pen = ImageDraw.Draw(out)
     width, height = out.width / m, out.height / m
     size = max(9, min(15, int(height / 6)))
-    for row in range(m):
-        for column in range(m):
-            left, top, answer = column * width, row * height, answers[row][column]
-            lines, words = [], names[answer].split()
-            while words:  # as many words a line as fit
-                fit = max([n for n in range(1, len(words) + 1) if _font(size).getlength(" ".join(words[:n])) <= width - 8] or [1])
-                lines.append(_fit(" ".join(words[:fit]), size, width - 8))
-                words = words[fit:]
-            lines = lines[:max(1, int(height / (size + 3)))]
-            pen.rectangle((left, top, left + width - 1, top + height - 1), outline="white")
-            y = top + height / 2 - len(lines) * (size + 3) / 2
-            longest = max(_font(size).getlength(line) for line in lines)
-            pen.rectangle((left + (width - longest) / 2 - 3, y - 1, left + (width + longest) / 2 + 3, y + len(lines) * (size + 3) + 1), "white")
-            for n, line in enumerate(lines):
-                pen.text((left + width / 2, y + (n + 0.5) * (size + 3)), line, RED if answer in unseen else INK, _font(size), anchor="mm")
+    line_height = size + 3
+    for i, answer in enumerate(sum(answers, [])):
+        left, top = i % m * width, i // m * height
+        lines, words = [], (names[answer] + " *" * (answer in unseen)).split()
+        while words:  # as many words a line as fit
+            fit = max(n for n in range(1, len(words) + 1)
+                      if n == 1 or _font(size).getlength(" ".join(words[:n])) <= width - 12)
+            lines.append(_fit(" ".join(words[:fit]), size, width - 12))
+            words = words[fit:]
+        lines = lines[:max(1, int((height - 6) // line_height))]
+        longest = max(map(_font(size).getlength, lines), default=0)
+        pen.rectangle((left, top, left + width - 1, top + height - 1), outline="white")
+        pen.rectangle((left + 2, top + 2, left + longest + 10, top + line_height * len(lines) + 4), "white")
+        for n, line in enumerate(lines):  # in the corner, where it hides the least
+            pen.text((left + 6, top + 3 + (n + 0.5) * line_height), line, RED if answer in unseen else INK, _font(size),
+                     anchor="lm")
     return out
 
 
@@ -184,60 +188,36 @@ def grid(rows: list[list[Image.Image]], headers: list[str] | None = None,
     return out
 
 
+def fit_to_look_at(photo: Image.Image, longest: int, least: tuple[int, int] = (1, 1)) -> Image.Image:
+    """A figure's copy of a photo: a large one reduced to `longest` pixels a side, a tiny one enlarged to about half of
+    that by a whole number, its pixels as they are; larger where (width, height) would be less than `least`, and a
+    very thin one stretched to it."""
+    scale = min(longest / max(photo.size), max(1, longest // 2 // max(photo.size)))
+    scale = max(scale, min(max(least[0] / photo.width, least[1] / photo.height), 3 * longest / max(photo.size)))
+    size = [max(1, smallest, round(side * scale)) for side, smallest in zip(photo.size, least)]
+    return photo.resize(size, Image.Resampling.NEAREST if scale == int(scale) else Image.Resampling.LANCZOS)
+
+
 def label_figure(photo: Image.Image, maps: dict[str, np.ndarray], names: list[str], unseen: set[int]) -> Image.Image:
     """Fig. 6: a photo under its label map, or captioned ones side by side behind the bare photo, and their legend.
 
     maps: {caption: (H, W) uint8 of rows of names, or 255}, of the photo's size. The legend, below a wide picture and
     beside a tall one, has the last map's classes, the largest first, then what only the others show.
-    A large photo is drawn smaller, a tiny one larger by a whole number, its pixels as they are.
     """
-    longest = 1600 if len(maps) == 1 else 800
-    scale = longest / max(photo.size) if max(photo.size) > longest else max(1, longest // 2 // max(photo.size))
-    size = [max(1, round(side * scale)) for side in photo.size]
-    bare = photo.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
-    colours, tiles = palette(len(names)), []
+    bare = fit_to_look_at(photo, 1600 if len(maps) == 1 else 800)
+    colours, tiles, counts = palette(len(names)), [], []
     for label in maps.values():
-        small = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+        small = np.asarray(Image.fromarray(label).resize(bare.size, Image.Resampling.NEAREST))
         # under a label the photo turns grey, or its own colours would change the legend's
         pixels = np.where(small[..., None] == 255, np.asarray(bare), np.asarray(bare.convert("L"))[..., None])
         tiles.append(overlay(pixels, small, colours, 0.5))
-    *others, counts = [np.bincount(label.ravel(), minlength=256)[:len(names)] for label in maps.values()]
-    present = [i for i in np.lexsort((-sum(others, np.zeros_like(counts)), -counts)) if counts[i] or any(o[i] for o in others)]
+        counts.append(np.bincount(label.ravel(), minlength=256)[:len(names)])
+    present = [i for i in np.lexsort((-sum(counts), -counts[-1])) if any(count[i] for count in counts)]
     picture = tiles[0] if len(maps) == 1 else grid([[bare, *tiles]], ["photo", *maps])
     tall = picture.height > 1.2 * picture.width
-    tags = legend([names[i] for i in present], colours[present], {place for place, i in enumerate(present) if i in unseen},
-                  260 if tall else max(260, picture.width))
+    in_red = {place for place, i in enumerate(present) if i in unseen}
+    tags = legend([names[i] for i in present], colours[present], in_red, 260 if tall else max(260, picture.width))
     return grid([[picture, tags]] if tall else [[picture], [tags]])
-
-
-def region_tags(photo: Image.Image, names: list[str], unseen: set[int]) -> Image.Image:
-    """Fig. 2: a photo cut into m x m cells, each with its name, the names at `unseen` in red with a *.
-
-    names: M = m x m of them, in raster order. The photo is enlarged until a cell has room for words.
-    """
-    m, size = math.isqrt(len(names)), 15
-    scale = max(min(1, 1600 / max(photo.size)), 400 / max(photo.size), 110 * m / photo.width, 60 * m / photo.height)
-    out = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(out)
-    width, height = out.width / m, out.height / m
-    for k in range(1, m):
-        pen.line((k * width, 0, k * width, out.height), "white", 2)
-        pen.line((0, k * height, out.width, k * height), "white", 2)
-    for i, name in enumerate(names):
-        x, y = i % m * width + 5, i // m * height + 5
-        lines = [""]
-        for word in (name + " *" * (i in unseen)).split():
-            longer = f"{lines[-1]} {word}".strip()
-            if _font(size).getlength(longer) <= width - 20 or not lines[-1]:
-                lines[-1] = longer
-            else:
-                lines.append(word)
-        lines = lines[:max(1, int((height - 12) // (size + 3)))]
-        text = "\n".join(_fit(line, size, width - 20) for line in lines)
-        left, top, right, bottom = pen.multiline_textbbox((x + 4, y + 2), text, _font(size), spacing=3)
-        pen.rectangle((x, y, right + 4, bottom + 4), "white")
-        pen.multiline_text((x + 4, y + 2), text, RED if i in unseen else INK, _font(size), spacing=3)
-    return out
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
