@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import CLIPRC, save_checkpoint, visual_from_state
+from model import CLIPRC, save_checkpoint, torch_load, visual_from_state
 
 # Released name -> our name, tried in this order as regular expressions over the whole name; None: not used by the method.
 BLOCK = [(r"multihead_attn\.proj\.", "attention.out."), (r"multihead_attn\.", "attention."), (r"linear1\.", "ffn.0."),
@@ -93,7 +93,7 @@ def main() -> None:
     if not Path(args.released).is_file():
         raise FileNotFoundError(f"{args.released}: no such file")
     try:
-        state_dict = torch.load(args.released, map_location="cpu", weights_only=True)
+        state_dict = torch_load(args.released)
         if not isinstance(state_dict, dict):
             raise pickle.UnpicklingError
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:

@@ -19,6 +19,7 @@ leading * marks an unseen class. A mask holds one class number per pixel, 255 wh
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -281,20 +282,35 @@ def seen_classes(dataset: Dataset) -> Dataset:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
-        return image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata does not matter here; a picture too large to be meant well does
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as error:  # Pillow and zlib raise a dozen kinds on damaged files
-        reason = " ".join(str(error).replace(str(path), "").split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as a picture ({reason}); replace it") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
+    except Exception as error:  # Pillow and its codecs raise a dozen kinds on damaged files
+        reason = " ".join(str(error).replace(f" {str(path)!r}", "").replace(str(path), "").split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as a picture ({reason}); save it anew as JPEG or PNG") from None
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """A picture of Sec. 4.1 as RGB, upright as its EXIF orientation asks. ValueError names a file it cannot read."""
+    """Any picture as upright 8-bit RGB: 16 bits keep their upper eight, what is transparent lies on white.
+
+    ValueError naming the file where it is damaged, no picture, or of more than 89 megapixels.
+    """
     image = _open(Path(path))
-    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise ValueError(f"{path}: cannot be read as a picture (floating-point pixels have no agreed range); "
+                         f"save it anew as JPEG or PNG")
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -365,14 +381,14 @@ def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def augment(image: Image.Image, label: np.ndarray, crop: int,
-            rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(image: Image.Image, label: np.ndarray, crop: int, rng: np.random.Generator,
+            scale: tuple[float, float] = (0.5, 2), colours: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Sec. 4.2's 512x512 inputs: random scale, crop, flip and colours -> (3, crop, crop) float32, (crop, crop) int64.
 
-    label: (H, W) uint8. The picture fits 4·crop x crop times a factor in [0.5, 2]; what the crop lacks is filled with 0
-    (after normalisation) and IGNORE. The crop is chosen first, on the source's own pixels, and nothing else is resized.
+    label: (H, W) uint8. The picture fits 4·crop x crop times a factor out of `scale`; what the crop lacks is filled with 0
+    (after normalisation) and IGNORE. colours: jitter them. The crop is chosen first, on the source's own pixels, and nothing else is resized.
     """
-    factor = rng.uniform(0.5, 2)
+    factor = rng.uniform(*scale)
     width, height = fit_size(image.size, int(4 * crop * factor), int(crop * factor))
     w, h = min(width, crop), min(height, crop)
     mask = Image.fromarray(label)
@@ -389,11 +405,12 @@ def augment(image: Image.Image, label: np.ndarray, crop: int,
             break
     target = mask.resize((w, h), Image.Resampling.NEAREST, (left, top, right, bottom))
     if width > image.width:  # colours cost by the pixel, so they change where the pixels are fewer
-        image = jitter(image.crop(outer), rng)
+        image = jitter(image.crop(outer), rng) if colours else image.crop(outer)
         left, top, right, bottom = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
         piece = image.resize((w, h), Image.Resampling.BILINEAR, (left, top, right, bottom))
     else:
-        piece = jitter(image.resize((w, h), Image.Resampling.BILINEAR, (left, top, right, bottom)), rng)
+        piece = image.resize((w, h), Image.Resampling.BILINEAR, (left, top, right, bottom))
+        piece = jitter(piece, rng) if colours else piece
     if rng.random() < 0.5:
         piece, target = ImageOps.mirror(piece), ImageOps.mirror(target)
     padding = (0, crop - w, 0, crop - h)
@@ -408,8 +425,8 @@ class TrainSet(TorchDataset):
     Its labels are the data set's: for the inductive setting give it `seen_classes(dataset)`.
     """
 
-    def __init__(self, dataset: Dataset, crop: int, seed: int):
-        self.dataset, self.crop, self.seed = dataset, crop, seed
+    def __init__(self, dataset: Dataset, crop: int, seed: int, scale: tuple[float, float] = (0.5, 2), colours: bool = True):
+        self.dataset, self.crop, self.seed, self.scale, self.colours = dataset, crop, seed, scale, colours
 
     def __len__(self) -> int:
         return len(self.dataset.pairs)
@@ -417,7 +434,8 @@ class TrainSet(TorchDataset):
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = item
         image, label = read_pair(self.dataset, index)
-        return augment(image, label, self.crop, np.random.default_rng((self.seed, epoch, index)))
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return augment(image, label, self.crop, rng, self.scale, self.colours)
 
 
 class GlobalBatches(Sampler):

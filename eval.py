@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import draw
-from model import CLIPRC, clip_file, encode_text, file_sha256, load_clip, model_from_checkpoint, read_checkpoint
+from model import CLIPRC, encode_names, model_from_checkpoint, read_checkpoint
 from rlb_attention import Encoder
 
 LOWER = 0.1  # taken off the seen classes' scores after inductive training, which has only ever seen those
@@ -53,7 +53,7 @@ def slide_images(model: CLIPRC, images: Iterable[Tensor], text: Tensor, crop: in
 
     def run_batch() -> None:
         batch, waiting[:] = waiting[:WINDOWS_AT_ONCE], waiting[WINDOWS_AT_ONCE:]
-        scores = model(torch.stack([window for window, *_ in batch]), text).sigmoid()  # (windows, C, crop, crop)
+        scores = model(torch.stack([window for window, *_ in batch]), text).sigmoid_()  # (windows, C, crop, crop)
         for score, (_, top, left, state) in zip(scores, batch):
             state[0][:, top:top + crop, left:left + crop] += score
             state[1][top:top + crop, left:left + crop] += 1
@@ -62,7 +62,7 @@ def slide_images(model: CLIPRC, images: Iterable[Tensor], text: Tensor, crop: in
     def finished() -> Iterator[Tensor]:
         while unfinished and unfinished[0][2] == 0:
             total, times, _, (height, width) = unfinished.pop(0)
-            yield (total / times - penalty[:, None, None])[:, :height, :width]
+            yield total.div_(times).sub_(penalty[:, None, None])[:, :height, :width]
 
     for image in images:
         image = image.to(text.device)
@@ -279,9 +279,10 @@ def start_processes(device: str) -> torch.device:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
+        torch.zeros(1, device=device).item()
         device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {device}: not a device; give auto, cpu or cuda") from error
+    except (RuntimeError, NotImplementedError) as error:  # no such device, or one that holds no numbers
+        raise ValueError(f"--device {device}: nothing can be computed there; give auto, cpu or cuda") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
@@ -336,13 +337,7 @@ def main() -> None:
     if same_names:
         text = checkpoint["text"]
     else:
-        file = clip_file(args.clip or checkpoint.get("clip", "ViT-B/16"))
-        if checkpoint["clip_sha256"] not in (None, file_sha256(file)):
-            raise ValueError(f"--clip {file} is another CLIP file than the checkpoint was trained on (their SHA-256 differ)")
-        text = encode_text(load_clip(file), dataset.class_names, dataset.templates)
-        if text.shape[1] != model.encoder.visual.proj.shape[1]:
-            raise ValueError(f"--clip {file}: its texts have {text.shape[1]} dimensions, the checkpoint's images "
-                             f"{model.encoder.visual.proj.shape[1]}; give the CLIP that it was trained on")
+        text = encode_names(checkpoint, args.checkpoint, dataset.class_names, dataset.templates, args.clip)
     lower = args.lower
     if lower is None:
         lower = LOWER if run.get("setting", "inductive") == "inductive" and (same_names or not run) else 0.0

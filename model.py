@@ -87,6 +87,13 @@ def clip_file(name_or_path: str | Path) -> Path:
     return path
 
 
+def torch_load(path: str | Path):
+    """A file of tensors and plain values, on the CPU. Nothing in a file is ever run: what would need that raises."""
+    with warnings.catch_warnings():  # of odd pickles: the error that follows says enough
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
     """CLIP as OpenAI publishes it (Sec. 4.2): image and text encoder in single precision on the CPU, in eval mode.
 
@@ -101,7 +108,7 @@ def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch_load(path)
         state = {name: tensor.float() for name, tensor in state.items()
                  if name not in ("input_resolution", "context_length", "vocab_size")}  # numbers that the shapes tell too
     except (RuntimeError, pickle.UnpicklingError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
@@ -517,12 +524,30 @@ def read_checkpoint(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train.py and convert.py write them")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != "clip-rc 1":
+        checkpoint = torch_load(path)
+        if checkpoint["format"] != "clip-rc 1" or not all(torch.is_tensor(t) for t in checkpoint["weights"].values()):
             raise KeyError
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"{path} is not a checkpoint of this code; train.py and convert.py write such files") from error
     return checkpoint
+
+
+def encode_names(checkpoint: dict, path: str | Path, class_names: Sequence[str], templates: Sequence[str],
+                 clip_name_or_path: str | Path | None = None) -> Tensor:
+    """Sec. 3.3's T (C, D) for other names than the training's, by the CLIP that a checkpoint was trained on.
+
+    clip_name_or_path: where that CLIP is now; default: where it was, ViT-B/16 for a converted checkpoint. Raises
+    ValueError for another CLIP file.
+    """
+    file = clip_file(clip_name_or_path or checkpoint.get("clip", "ViT-B/16"))
+    if checkpoint["clip_sha256"] not in (None, file_sha256(file)):
+        raise ValueError(f"--clip {file} is another CLIP file than {path} was trained on (their SHA-256 differ)")
+    text = encode_text(load_clip(file), class_names, templates)
+    dim = next(len(tensor) for name, tensor in checkpoint["weights"].items() if name.endswith("descriptor_proj.bias"))
+    if text.shape[1] != dim:
+        raise ValueError(f"--clip {file}: its texts have {text.shape[1]} dimensions, {path} wants {dim}; "
+                         f"give the CLIP that it was trained on")
+    return text
 
 
 def model_from_checkpoint(checkpoint: dict, path: str | Path, clip_name_or_path: str | Path | None = None) -> CLIPRC:

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import data
 import draw
 from eval import LOWER, UntrainedClip, autocast, cell_answers, slide_inference, start_processes
-from model import CLIPRC, clip_file, encode_text, file_sha256, load_clip, model_from_checkpoint, read_checkpoint
+from model import CLIPRC, encode_names, model_from_checkpoint, read_checkpoint
+
 
 def find_photos(paths: Sequence[str]) -> list[Path]:
     """The files among `paths`, and the pictures (JPEG, PNG, WebP) lying in the folders among them, sorted by name.
@@ -48,32 +48,6 @@ def find_photos(paths: Sequence[str]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path}: no such picture or folder; correct the path")
     return photos
-
-
-def read_photo(path: Path) -> Image.Image:
-    """Any picture as upright 8-bit RGB: 16 bits keep their upper eight, what is transparent lies on white.
-
-    ValueError naming the file where it is damaged, no picture, or too large to be meant well.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on odd metadata, which does not matter here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no agreed range")
-            if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits to white
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
-    except Exception as error:  # Pillow and its codecs raise a dozen kinds on damaged files
-        reason = " ".join(str(error).replace(f" {str(path)!r}", "").split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as a picture ({reason}); save it anew as JPEG or PNG") from None
 
 
 def read_words(classes: str) -> tuple[list[str], set[int]]:
@@ -116,8 +90,6 @@ def open_predictor(path: str, words: tuple[list[str], set[int]] | None, device: 
 
     args: the command line. ValueError where checkpoint, CLIP file and flags do not go together.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint; train.py and convert.py write them")
     checkpoint = read_checkpoint(path)
     try:
         run, own, text = checkpoint.get("run", {}), list(checkpoint.get("class_names", ())), checkpoint.get("text")
@@ -136,14 +108,9 @@ def open_predictor(path: str, words: tuple[list[str], set[int]] | None, device: 
         raise ValueError(f"{path} knows no class names, as it was converted; give --classes")
 
     if names != own or args.template:  # before the model is loaded: a whole CLIP and it would be twice the memory
-        file = clip_file(args.clip or checkpoint.get("clip", "ViT-B/16"))
-        if checkpoint.get("clip_sha256") not in (None, file_sha256(file)):
-            raise ValueError(f"--clip {file} is another CLIP file than {path} was trained on (their SHA-256 differ)")
-        text = encode_text(load_clip(file), names, templates)
+        text = encode_names(checkpoint, path, names, templates, args.clip)
     model = model_from_checkpoint(checkpoint, path, args.clip)
     visual, m = model.encoder.visual, model.encoder.region_grid
-    if text.shape[1] != visual.proj.shape[1]:
-        raise ValueError(f"{path}: its images and the texts do not match; give the CLIP of its training with --clip")
     stride = max(1, crop * 426 // 512) if args.stride is None else args.stride
     unit = visual.conv1.kernel_size[0] * max(1, m)  # so that every region has a whole number of patches
     if not 0 < crop <= 2048 or crop % unit:
@@ -247,11 +214,7 @@ def main() -> None:
     words = None if args.classes is None else read_words(args.classes)
     photos = find_photos(args.photos)
     plan = plan_outputs(photos, args.out, [".png"] + ["_labels.png"] * args.save + ["_regions.png"] * args.regions)
-    try:
-        device = start_processes(args.device)
-        torch.zeros(1, device=device).item()
-    except RuntimeError:
-        raise ValueError(f"--device {args.device}: nothing can be computed there; give auto, cpu or cuda") from None
+    device = start_processes(args.device)
     p = open_predictor(args.checkpoint, words, device, args)
     if args.regions and not p.model.encoder.region_grid:
         raise ValueError(f"--regions: {args.checkpoint} has no region tokens; leave the flag out")
@@ -260,7 +223,7 @@ def main() -> None:
     results, failed = [], []
     for path, files in zip(tqdm(photos, "labelling", disable=True if len(photos) == 1 else None), plan):
         try:
-            photo = read_photo(path)
+            photo = data.read_image(path)
         except ValueError as error:  # one damaged photo does not cost the others theirs; it is told at the end
             failed.append(str(error))
             continue

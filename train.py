@@ -74,6 +74,9 @@ class Settings:
     batch_size: int = flag(16, "images a step, over all processes")
     accumulate: int = flag(1, "parts that a process's share of the batch is computed in, one after the other, to save memory")
     crop_size: int | None = flag(None, "side of a training picture, in pixels")
+    scale_min: float | None = flag(None, "least and ...")
+    scale_max: float | None = flag(None, "... largest factor by which a training picture is scaled at random")
+    jitter: bool | None = flag(None, "change brightness, contrast, saturation and hue at random")
     lr: float | None = flag(None, "peak learning rate of AdamW")
     warmup: int | None = flag(None, "steps of linear warm-up (1,500, but at most a tenth of the run)")
     weight_decay: float = flag(0.01, "AdamW's, on every trained tensor")
@@ -93,14 +96,15 @@ class Settings:
 
 
 # Sec. 4.2 and the released configurations; Context is not in the release: K as in ZegCLIP's line of work, the rest as VOC.
-PAPER = {"crop_size": 512, "lr": 2e-4, "regions": 16, "initialiser": "released"}
+PAPER = {"crop_size": 512, "scale_min": 0.5, "scale_max": 2.0, "jitter": True, "lr": 2e-4, "regions": 16, "initialiser": "released"}
 PRESETS = {
     "voc": PAPER | {"prompts": 10, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
     "context": PAPER | {"prompts": 35, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
     "coco-stuff": PAPER | {"prompts": 100, "w_mask": 200.0, "w_dice": 3.0, "w_rec": 50.0, "iterations": 80_000},
 }
 PRESETS["context59"] = PRESETS["folder"] = PRESETS["context"]
-PRESETS["toy"] = {"crop_size": 64, "lr": 1e-3, "regions": 4, "prompts": 4, "initialiser": "truncated_normal",
+# The small world's classes are colours and fine patterns: another hue or another scale would be another class.
+PRESETS["toy"] = {"crop_size": 64, "scale_min": 1.0, "scale_max": 1.0, "jitter": False, "lr": 1e-3, "regions": 4, "prompts": 4, "initialiser": "truncated_normal",
                   "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 800}
 SUPERVISED = {"voc": {"w_rec": 0.0}, "context": {"w_rec": 0.0}, "coco-stuff": {"w_mask": 100.0, "w_dice": 1.5, "w_rec": 1.0}}
 
@@ -118,7 +122,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
             help += f" ({', '.join(f'{name} {value}' for name, value in of_data_set.items() if name != 'context59')})"
         elif f.default not in (None, False):
             help += f" ({f.default})"
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
+        kind = {"action": argparse.BooleanOptionalAction} if "bool" in str(f.type) else {
             "type": next(t for t in (int, float, str) if t.__name__ in str(f.type)), "choices": choices}
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=help.replace("%", "%%"), **kind)
     s = Settings(**vars(parser.parse_args(arguments)))
@@ -148,6 +152,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 0")
     if not 0 < s.lr < 1 or not 0 <= s.dropout < 1:
         raise ValueError("--lr must be above 0 and --dropout at least 0, both below 1")
+    if not 0 < s.scale_min <= s.scale_max:
+        raise ValueError(f"--scale-min {s.scale_min}: must be above 0 and at most --scale-max {s.scale_max}")
     if s.data_root is None and s.dataset != "toy":
         raise ValueError(f"--data-root: where is {s.dataset}? Give its folder")
     return s
@@ -320,7 +326,7 @@ def train(s: Settings) -> dict | None:
         signal.signal(name, lambda *_: stop_asked.append(True))
 
     # the loop
-    samples = data.TrainSet(train_data, s.crop_size, s.seed)
+    samples = data.TrainSet(train_data, s.crop_size, s.seed, (s.scale_min, s.scale_max), s.jitter)
     batches = data.GlobalBatches(len(samples), s.batch_size, s.iterations, s.seed, rank, world, start)
     loader = DataLoader(samples, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=s.iterations, initial=start, desc="training", disable=True if rank else None)

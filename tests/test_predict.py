@@ -169,10 +169,12 @@ def test_regions_are_named_by_the_cosine_of_their_tokens(checkpoint, photo, tmp_
 
 
 def test_comparison_stands_between_photo_and_prediction(checkpoint, photo, tmp_path):
-    half = checkpoint.with_name("half.pt")
+    other_model, altered = tmp_path / "altered.pt", read_checkpoint(checkpoint)
+    altered["weights"]["ram.descriptor_proj.weight"].normal_(generator=torch.Generator().manual_seed(0))
+    torch.save(altered, other_model)
     alone = label(checkpoint, photo, out=tmp_path / "alone")["photos"][0]
-    one = label(checkpoint, photo, "--compare", half, out=tmp_path / "one")["photos"][0]
-    other = label(half, photo, "--compare", checkpoint, out=tmp_path / "other")["photos"][0]
+    one = label(checkpoint, photo, "--compare", other_model, out=tmp_path / "one")["photos"][0]
+    other = label(other_model, photo, "--compare", checkpoint, out=tmp_path / "other")["photos"][0]
     assert alone["shares"] == one["shares"] != other["shares"]
 
     bare = np.asarray(draw.fit_to_look_at(Image.open(photo), 800))
@@ -203,7 +205,7 @@ def test_any_mode_becomes_the_same_rgb(tmp_path, suffix, change, back):
     changed = change(image)
     changed.save(tmp_path / f"odd{suffix}", **({"lossless": True} if suffix == ".webp" else {}))
     expected = (back or (lambda _: changed))(image).convert("RGB")
-    read = predict.read_photo(tmp_path / f"odd{suffix}")
+    read = data.read_image(tmp_path / f"odd{suffix}")
     assert read.mode == "RGB"
     assert np.abs(np.asarray(read).astype(int) - np.asarray(expected)).mean() < (8 if suffix == ".JPG" else 0.01)
 
@@ -218,7 +220,7 @@ def test_what_is_transparent_becomes_white(tmp_path):
     solid.convert("LA").save(tmp_path / "la.png")
     palette.save(tmp_path / "p.png", transparency=1)
     for name in ("rgba", "la", "p"):
-        read = predict.read_photo(tmp_path / f"{name}.png")
+        read = data.read_image(tmp_path / f"{name}.png")
         assert read.getpixel((1, 2)) == (255, 255, 255) and read.getpixel((0, 0)) != (255, 255, 255)
 
 
@@ -231,7 +233,7 @@ def test_exif_orientation_is_honoured_and_broken_exif_ignored(checkpoint, tmp_pa
     for i, broken in enumerate((b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*",
                                 b"II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01")):
         save_photo(tmp_path / f"{i}.jpg", (90, 60), exif=b"Exif\0\0" + broken)
-        assert predict.read_photo(tmp_path / f"{i}.jpg").size == (90, 60)
+        assert data.read_image(tmp_path / f"{i}.jpg").size == (90, 60)
 
 
 def test_odd_names_and_sizes_are_labelled(checkpoint, tmp_path):

@@ -135,8 +135,10 @@ def test_clip_and_regions_stay_frozen_and_the_rest_trains(update_regions):
         assert (name not in trained) == frozen
         if frozen:
             assert parameter.grad is None and torch.equal(parameter, before[name])
+        elif name.endswith("attention.k.bias"):
+            assert not parameter.grad.any(), name  # the softmax undoes a shift of all its scores
         else:
-            assert parameter.grad is not None and not torch.equal(parameter, before[name]), name
+            assert parameter.grad.any() and not torch.equal(parameter, before[name]), name
 
 
 def test_prompts_start_as_published():
