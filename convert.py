@@ -56,8 +56,9 @@ def from_released(state_dict: dict[str, Tensor]) -> CLIPRC:
     state_dict: the authors' names, with or without a "state_dict" or "module." around.
     Raises ValueError where a tensor that the method needs is missing or has an unexpected shape.
     """
-    released = {name.removeprefix("module."): tensor for name, tensor in state_dict.get("state_dict", state_dict).items()}
     try:
+        released = {name.removeprefix("module."): tensor
+                    for name, tensor in state_dict.get("state_dict", state_dict).items()}
         state = {ours: tensor.float() for name, tensor in released.items() if (ours := our_name(name))}
         prefix = "encoder.visual."
         visual = visual_from_state({name.removeprefix(prefix): tensor for name, tensor in state.items()
@@ -76,7 +77,7 @@ def from_released(state_dict: dict[str, Tensor]) -> CLIPRC:
         model = CLIPRC(visual, num_prompts=first.shape[1], regions=len(state["encoder.regions"]), ram=ram,
                        rdl=recovery_layers > 0, recovery_layers=recovery_layers)
         model.load_state_dict(state)
-    except (KeyError, RuntimeError, AttributeError, ValueError) as error:
+    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"these are not the weights of CLIP-RC's or ZegCLIP's released code ({reason})") from error
     return model.eval()

@@ -18,6 +18,7 @@ leading * marks an unseen class. A mask holds one class number per pixel, 255 wh
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -425,7 +426,8 @@ class TrainSet(TorchDataset):
     Its labels are the data set's: for the inductive setting give it `seen_classes(dataset)`.
     """
 
-    def __init__(self, dataset: Dataset, crop: int, seed: int, scale: tuple[float, float] = (0.5, 2), colours: bool = True):
+    def __init__(self, dataset: Dataset, crop: int, seed: int, scale: tuple[float, float] = (0.5, 2),
+                 colours: bool = True):
         self.dataset, self.crop, self.seed, self.scale, self.colours = dataset, crop, seed, scale, colours
 
     def __len__(self) -> int:
@@ -436,6 +438,16 @@ class TrainSet(TorchDataset):
         image, label = read_pair(self.dataset, index)
         rng = np.random.default_rng((self.seed, epoch, index))
         return augment(image, label, self.crop, rng, self.scale, self.colours)
+
+
+def leave_signals(worker: int) -> None:
+    """For DataLoader's worker_init_fn: a stop is asked of the training process, which ends its workers when it is ready.
+
+    torchrun, batch systems and Ctrl-C send their signal to every process; a worker that died of it would take the step
+    and the checkpoint with it.
+    """
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 class GlobalBatches(Sampler):
@@ -465,7 +477,9 @@ class GlobalBatches(Sampler):
             for j in self.places:
                 epoch, place = divmod(t * self.batch_size + j, self.length)
                 if epoch != shuffled:
-                    order, shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.length), epoch
+                    # not (seed, epoch), which numpy takes for (seed, epoch, 0), the stream of a sample's augmentation
+                    rng = np.random.default_rng((self.seed, epoch, self.length, 1))
+                    order, shuffled = rng.permutation(self.length), epoch
                 batch.append((epoch, int(order[place])))
             yield batch
 

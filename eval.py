@@ -7,6 +7,7 @@ Another data set than the checkpoint's is the cross-data-set test of Table 4: it
 """
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from model import CLIPRC, encode_names, model_from_checkpoint, read_checkpoint
 from rlb_attention import Encoder
 
 LOWER = 0.1  # taken off the seen classes' scores after inductive training, which has only ever seen those
-WINDOWS_AT_ONCE = 8
+WINDOWS_AT_ONCE, IMAGES_IN_BLOCK = 8, 32
 
 
 # ---------------------------------------------------------------------------------------------------- inference
@@ -123,6 +124,8 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     """
     # One count over all pairs, label 255 in a row of its own: no pixel has to be picked out first.
     pairs = label.flatten().to(torch.int32) * num_classes + prediction.flatten().to(torch.int32)
+    if label.numel() and label.min() < 0:
+        raise ValueError(f"a label is negative; it must be one of {num_classes} classes or 255")
     counts = torch.bincount(pairs, minlength=256 * num_classes).unflatten(0, (-1, num_classes))  # (256, C)
     if counts[num_classes:255].any():
         raise ValueError(f"a label is neither one of {num_classes} classes nor 255")
@@ -160,7 +163,10 @@ def evaluate(model: CLIPRC, dataset: data.Dataset, text: Tensor, crop: int, stri
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     samples = data.TestSet(dataset, crop)
-    loader = DataLoader(Subset(samples, range(rank, len(samples), world)), batch_size=None, num_workers=workers)
+    # Images are dealt out in blocks, and only those of a block share batches of windows: so the batches, and every last
+    # digit of the scores, are the same however many processes there are.
+    mine = [i for i in range(len(samples)) if i // IMAGES_IN_BLOCK % world == rank]
+    loader = DataLoader(Subset(samples, mine), batch_size=None, num_workers=workers, worker_init_fn=data.leave_signals)
     under_way = []  # (label, index) of the images whose windows are still being computed
 
     def images() -> Iterator[Tensor]:
@@ -171,8 +177,11 @@ def evaluate(model: CLIPRC, dataset: data.Dataset, text: Tensor, crop: int, stri
     confusion = torch.zeros(len(text), len(text), dtype=torch.int64)
     was_training = model.training
     model.eval()
+    source = images()
+    blocks = (itertools.islice(source, IMAGES_IN_BLOCK) for _ in range(0, len(mine), IMAGES_IN_BLOCK))
     with autocast(text.device, precision):
-        for scores in slide_images(model, images(), text, crop, stride, lower, seen):
+        for scores in itertools.chain.from_iterable(
+                slide_images(model, block, text, crop, stride, lower, seen) for block in blocks):
             label, index = under_way.pop(0)
             if scores.shape[-2:] != label.shape:
                 scores = F.interpolate(scores[None], size=label.shape, mode="bilinear", align_corners=False)[0]
@@ -285,7 +294,7 @@ def start_processes(device: str) -> torch.device:
         raise ValueError(f"--device {device}: nothing can be computed there; give auto, cpu or cuda") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -322,17 +331,23 @@ def main() -> None:
     same_names = tuple(checkpoint.get("class_names", ())) == dataset.class_names
     if same_names:
         dataset = replace(dataset, unseen=tuple(checkpoint["unseen"]))  # the split that it was trained with
-    crop = args.crop_size or run.get("crop_size", 512)
-    stride = args.stride or crop * 426 // 512
-    if crop < 1 or not 0 < stride <= crop:
+    crop = run.get("crop_size", 512) if args.crop_size is None else args.crop_size
+    stride = max(1, crop * 426 // 512) if args.stride is None else args.stride
+    if crop < 1:
+        raise ValueError(f"--crop-size {crop}: must be at least 1")
+    if args.lower is not None and not 0 <= args.lower <= 1:
+        raise ValueError(f"--lower {args.lower}: must be from 0 to 1")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: must be at least 0")
+    if args.unseen_names == "permuted" and len(dataset.unseen) < 2:
+        raise ValueError("--unseen-names permuted: there must be two unseen classes at least to give each other's names")
+    if args.save and os.path.lexists(args.save):
+        raise ValueError(f"--save {args.save}: exists already; name a new folder")
+    if not 0 < stride <= crop:
         raise ValueError(f"--stride {stride}: must be at least 1 and at most the window's side, {crop}")
 
     device = start_processes(args.device)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    if args.save and rank == 0:
-        if args.save.exists():
-            raise ValueError(f"--save {args.save}: exists already; name a new folder")
-        args.save.mkdir(parents=True)
     model = model_from_checkpoint(checkpoint, args.checkpoint, args.clip).to(device)
     if same_names:
         text = checkpoint["text"]
@@ -350,6 +365,8 @@ def main() -> None:
         text[unseen] = text[unseen].roll(1, dims=0)
     elif args.unseen_names == "random":
         text[unseen] = F.normalize(torch.randn(len(unseen), text.shape[1], generator=torch.Generator().manual_seed(0)), dim=-1)
+    if args.save:  # not before everything else is known to be right
+        args.save.mkdir(parents=True, exist_ok=True)
     confusion = evaluate(model, dataset, text.to(device), crop, stride, lower, seen, args.workers,
                          args.precision or run.get("precision", "float32"), args.save)
     if rank == 0:

@@ -127,7 +127,7 @@ def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
                                     *state["token_embedding.weight"].shape[:1], text_width, text_width // 64,
                                     depth["transformer."])
         model.load_state_dict(state, assign=True)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a CLIP file: a tensor of OpenAI's format is missing or has another shape") from error
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
@@ -525,7 +525,8 @@ def read_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint; train.py and convert.py write them")
     try:
         checkpoint = torch_load(path)
-        if checkpoint["format"] != "clip-rc 1" or not all(torch.is_tensor(t) for t in checkpoint["weights"].values()):
+        if not isinstance(checkpoint, dict) or checkpoint["format"] != "clip-rc 1" or not all(
+                torch.is_tensor(tensor) for tensor in checkpoint["weights"].values()):
             raise KeyError
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"{path} is not a checkpoint of this code; train.py and convert.py write such files") from error
@@ -618,6 +619,8 @@ def main() -> None:
     parser.add_argument("--crop-size", type=int, default=512, help="pixels along a side (default %(default)s)")
     parser.add_argument("--classes", type=int, default=20, help="C (default %(default)s)")
     args = parser.parse_args()
+    if args.crop_size < 1 or args.classes < 1:
+        raise ValueError("--crop-size and --classes must be at least 1")
     visual = load_clip(args.clip).visual if args.clip else None
     with torch.device("meta"):  # shapes without numbers
         visual = visual or clip.model.VisionTransformer(224, 16, 768, 12, 12, 512)

@@ -87,7 +87,7 @@ class Encoder(nn.Module):
     def __init__(self, visual: nn.Module, num_prompts: int = 10, regions: int = 16, update_regions: bool = False,
                  dropout: float = 0.1, class_embedding_twice: bool = True) -> None:
         super().__init__()
-        self.region_grid = math.isqrt(regions)
+        self.region_grid = math.isqrt(max(regions, 0))
         if self.region_grid**2 != regions:
             raise ValueError(f"regions: {regions} is not a square number; region tokens stand on an m x m grid")
         self.visual = visual.requires_grad_(False)
@@ -115,10 +115,7 @@ class Encoder(nn.Module):
 
         images: (B, 3, H, W), normalised; H and W multiples of the patch size. Returns (B, 1 + N + M, D_v).
         """
-        visual, batch, patch_size = self.visual, len(images), self.visual.conv1.kernel_size[0]
-        if images.shape[-2] % patch_size or images.shape[-1] % patch_size:
-            raise ValueError(f"crop-size: an image of {images.shape[-1]}x{images.shape[-2]} pixels is not a whole "
-                             f"number of this CLIP's {patch_size}-pixel patches")
+        visual, batch = self.visual, len(images)
         patches = visual.conv1(images)  # (B, D_v, h, w)
         side = math.isqrt(len(visual.positional_embedding) - 1)  # CLIP was trained on side x side patches
         positions = visual.positional_embedding[1:].T.unflatten(1, (side, side))[None]  # (1, D_v, side, side)
@@ -138,7 +135,11 @@ class Encoder(nn.Module):
         Raises ValueError where the image does not split into patches, or the patches into regions.
         """
         batch, K, M = len(images), self.prompts.shape[1], len(self.regions)
-        grid = tuple(size // self.visual.conv1.kernel_size[0] for size in images.shape[-2:])  # (h, w)
+        patch_size = self.visual.conv1.kernel_size[0]
+        if any(size % patch_size or size < patch_size for size in images.shape[-2:]):
+            raise ValueError(f"crop-size: an image of {images.shape[-1]}x{images.shape[-2]} pixels is not a whole "
+                             f"number of this CLIP's {patch_size}-pixel patches")
+        grid = tuple(size // patch_size for size in images.shape[-2:])  # (h, w)
         mask = region_mask(K, grid, self.region_grid).to(images.device) if M else None
 
         x = self.embed(images)
@@ -200,6 +201,10 @@ def main() -> None:
     region_grid = math.isqrt(args.regions) if args.regions >= 0 else -1
     if args.grid < 1 or args.prompts < 0 or region_grid**2 != args.regions:
         raise ValueError("--grid must be at least 1, --prompts at least 0 and --regions a square number")
+    if args.grid % max(1, region_grid):
+        raise ValueError(f"--regions {args.regions}: {region_grid} regions a side do not divide --grid {args.grid}")
+    if 1 + args.prompts + args.grid**2 + args.regions > 500:
+        raise ValueError("--grid, --prompts, --regions: more than 500 tokens are no picture to look at; choose fewer")
     picture = draw_mask(args.prompts, args.grid, region_grid)
     partial = f"{args.out}.partial"
     picture.save(partial, format="PNG")

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import data
 import draw
+import toy
 from eval import (LOWER, UntrainedClip, autocast, class_table, evaluate, paper_table, result_pictures, start_processes,
                   zero_shot_metrics)
 from model import (CLIPRC, clip_file, encode_text, file_sha256, load_clip, present_pairs, pseudo_labels, read_checkpoint,
@@ -92,7 +93,8 @@ class Settings:
     val_every: int | None = flag(None, "steps between evaluations (a fifth of the run)")
     save_every: int = flag(1000, "steps between checkpoints")
     resume: bool = flag(False, "go on from OUT/last.pt if there is one")
-    ablate: int = flag(0, "instead of one run, those of Tables 5-8, with as many seeds, and a table beside the paper's")
+    ablate: int = flag(0, "instead of one run all those of Tables 5-8, with so many seeds each (3 where no number is given), "
+                          "and a table beside the paper's", nargs="?", const=3)
 
 
 # Sec. 4.2 and the released configurations; Context is not in the release: K as in ZegCLIP's line of work, the rest as VOC.
@@ -104,9 +106,11 @@ PRESETS = {
 }
 PRESETS["context59"] = PRESETS["folder"] = PRESETS["context"]
 # The small world's classes are colours and fine patterns: another hue or another scale would be another class.
-PRESETS["toy"] = {"crop_size": 64, "scale_min": 1.0, "scale_max": 1.0, "jitter": False, "lr": 1e-3, "regions": 4, "prompts": 4, "initialiser": "truncated_normal",
-                  "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 800}
-SUPERVISED = {"voc": {"w_rec": 0.0}, "context": {"w_rec": 0.0}, "coco-stuff": {"w_mask": 100.0, "w_dice": 1.5, "w_rec": 1.0}}
+PRESETS["toy"] = {"crop_size": 64, "scale_min": 1.0, "scale_max": 1.0, "jitter": False, "lr": 1e-3, "regions": 4,
+                  "prompts": 4, "initialiser": "truncated_normal", "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0,
+                  "iterations": 900}
+SUPERVISED = {name: {"w_rec": 0.0} for name in ("voc", "context", "context59", "folder")}
+SUPERVISED["coco-stuff"] = {"w_mask": 100.0, "w_dice": 1.5, "w_rec": 1.0}
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
@@ -116,14 +120,15 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Settings):
-        help, choices = f.metadata["help"], f.metadata.get("choices")
+        more = dict(f.metadata)
+        help = more.pop("help")
         of_data_set = {name: preset[f.name] for name, preset in PRESETS.items() if f.name in preset}
         if of_data_set:
             help += f" ({', '.join(f'{name} {value}' for name, value in of_data_set.items() if name != 'context59')})"
         elif f.default not in (None, False):
             help += f" ({f.default})"
         kind = {"action": argparse.BooleanOptionalAction} if "bool" in str(f.type) else {
-            "type": next(t for t in (int, float, str) if t.__name__ in str(f.type)), "choices": choices}
+            "type": next(t for t in (int, float, str) if t.__name__ in str(f.type)), **more}
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=help.replace("%", "%%"), **kind)
     s = Settings(**vars(parser.parse_args(arguments)))
 
@@ -137,23 +142,23 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     s.out = s.out or f"runs/{s.dataset}" + f"-{s.setting}" * (s.setting != "inductive")
     if s.init is None and s.setting == "transductive":
         s.init = f"runs/{s.dataset}/half.pt"
-        if not Path(s.init).exists():
+        if not Path(s.init).exists() and not (s.resume and Path(s.out, "last.pt").exists()):
             raise ValueError(f"--init: the transductive setting starts from an inductive run's middle, and {s.init} is not "
                              f"there; give its half.pt, or --init '' to start from nothing")
     s.warmup = min(1500, s.iterations // 10) if s.warmup is None else s.warmup
-    s.val_every = s.val_every or max(1, s.iterations // 5)
+    s.val_every = max(1, s.iterations // 5) if s.val_every is None else s.val_every
     s.workers = (0 if s.dataset == "toy" else min(8, os.cpu_count())) if s.workers is None else s.workers
     for name in ("iterations", "batch_size", "accumulate", "crop_size", "log_every", "save_every", "val_every"):
         if getattr(s, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
     for name in ("prompts", "regions", "recovery_layers", "warmup", "workers", "seed", "w_mask", "w_dice", "w_rec",
-                 "weight_decay"):
-        if not getattr(s, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 0")
+                 "weight_decay", "ablate"):
+        if not 0 <= getattr(s, name) < 2**63:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be a number from 0 on")
     if not 0 < s.lr < 1 or not 0 <= s.dropout < 1:
         raise ValueError("--lr must be above 0 and --dropout at least 0, both below 1")
-    if not 0 < s.scale_min <= s.scale_max:
-        raise ValueError(f"--scale-min {s.scale_min}: must be above 0 and at most --scale-max {s.scale_max}")
+    if not 0.01 <= s.scale_min <= s.scale_max <= 100:
+        raise ValueError(f"--scale-min {s.scale_min} and --scale-max {s.scale_max}: must rise, between 0.01 and 100")
     if s.data_root is None and s.dataset != "toy":
         raise ValueError(f"--data-root: where is {s.dataset}? Give its folder")
     return s
@@ -201,17 +206,22 @@ def backward(model: CLIPRC, images: Tensor, labels: Tensor, text: Tensor, s: Set
 def load_trained(model: CLIPRC, checkpoint: dict, path: str | Path, clip_sha256: str) -> None:
     """Puts a checkpoint's trained tensors into a model of the same settings on the same CLIP.
 
-    Raises ValueError naming the file where they belong to another model or another CLIP file.
+    Raises ValueError naming the file where they belong to another model or another CLIP.
     """
     if checkpoint["clip_sha256"] not in (None, clip_sha256):
         raise ValueError(f"{path} was trained on another CLIP file than --clip names (their SHA-256 differ)")
-    try:
-        missing, _ = model.load_state_dict(checkpoint["weights"], strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds another model's weights ({' '.join(str(error).split())[-150:]})") from error
-    lacking = {name for name, parameter in model.named_parameters() if parameter.requires_grad} & set(missing)
-    if lacking:
-        raise ValueError(f"{path} holds another model's weights (there is no {min(lacking)})")
+    for name, value in model.settings.items():  # the rest do not change what a tensor means
+        if name not in ("initialiser", "dropout", "recovery_loss") and checkpoint["model"].get(name) != value:
+            raise ValueError(f"{path} holds another model's weights: its {name} is {checkpoint['model'].get(name)!r}, "
+                             f"not {value!r}")
+    state, weights = model.state_dict(), checkpoint["weights"]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in trained | (weights.keys() & state.keys()):
+        if name not in weights or weights[name].shape != state[name].shape:
+            raise ValueError(f"{path} holds another model's weights: {name} is not there or of another shape")
+        if name not in trained and not torch.allclose(weights[name], state[name].cpu(), atol=1e-3):
+            raise ValueError(f"{path} was trained on another CLIP than --clip names: {name} differs")
+    model.load_state_dict({name: weights[name] for name in trained}, strict=False)
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -230,6 +240,8 @@ def claim_folder(s: Settings) -> dict | None:
     checkpoint = None
     if s.resume and (out / "last.pt").exists():
         checkpoint = read_checkpoint(out / "last.pt")
+        if "run" not in checkpoint or "optimizer" not in checkpoint:
+            raise ValueError(f"--resume: {out}/last.pt is no checkpoint of train.py; start from it with --init instead")
         free = {"out", "resume", "ablate", "device", "workers", "log_every", "val_every", "save_every", "data_root", "clip"}
         for name, now in asdict(s).items():
             then = checkpoint["run"].get(name, now)
@@ -237,7 +249,7 @@ def claim_folder(s: Settings) -> dict | None:
                 raise ValueError(f"--{name.replace('_', '-')} {now}: {out}/last.pt was trained with {then}; "
                                  f"use that, or another --out for a new run")
     elif (out / "log.jsonl").exists() or (out / "last.pt").exists():
-        kept = next(path for n in range(1, 10**6) if not (path := Path(f"{s.out}.{n}")).exists())
+        kept = next(path for n in range(1, 10**6) if not (path := Path(f"{out}.{n}")).exists())
         os.rename(out, kept)
         print(f"the run in {out} is kept as {kept} (--resume would go on with it)")
     out.mkdir(parents=True, exist_ok=True)
@@ -249,12 +261,15 @@ def train(s: Settings) -> dict | None:
     # processes, data, CLIP; everything that can be wrong with the input is found before anything is written
     device = start_processes(s.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if s.dataset == "toy" and s.data_root is None:
-        import toy  # the method does not need it
-        if rank == 0:
-            toy.default_world()  # one process draws it
+    toy_world = s.dataset == "toy" and s.data_root is None
+    for turn in (rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):  # one process fetches for all, then one a machine
+        if turn:
+            clip_file(s.clip)
+            if toy_world:
+                toy.default_world()
         if world > 1:
             dist.barrier()
+    if toy_world:
         s.data_root = str(toy.DEFAULT_WORLD)
     train_data, val_data = (data.open_dataset(s.dataset, s.data_root, split) for split in ("train", "val"))
     if s.unseen is not None:
@@ -265,10 +280,6 @@ def train(s: Settings) -> dict | None:
         train_data = data.seen_classes(train_data)  # from here on training knows no other name, mask or number
     if s.batch_size % (world * s.accumulate):
         raise ValueError(f"--batch-size {s.batch_size}: {world} processes in {s.accumulate} parts cannot share it evenly")
-    if rank == 0:
-        clip_file(s.clip)  # one process downloads it
-    if world > 1:
-        dist.barrier()
     clip_path = clip_file(s.clip)
     clip_sha256, clip_model = file_sha256(clip_path), load_clip(clip_path)
     text = encode_text(clip_model, names, train_data.templates).to(device)  # T of all names, for testing
@@ -277,8 +288,8 @@ def train(s: Settings) -> dict | None:
     # model and optimiser
     torch.manual_seed(s.seed)
     model = CLIPRC(clip_model.visual, num_prompts=s.prompts, regions=s.regions, update_regions=s.update_regions, ram=s.ram,
-                   align=s.align, rdl=s.rdl, recovery_layers=s.recovery_layers, recovery_loss=s.recovery_loss,
-                   initialiser=s.initialiser, dropout=s.dropout).to(device)
+                   align=s.align, rdl=s.rdl and s.w_rec > 0, recovery_layers=s.recovery_layers,
+                   recovery_loss=s.recovery_loss, initialiser=s.initialiser, dropout=s.dropout).to(device)
     patch_size = clip_model.visual.conv1.kernel_size[0]
     cells = s.crop_size / patch_size / max(1, model.encoder.region_grid)
     if s.crop_size % patch_size or cells != int(cells):
@@ -289,7 +300,8 @@ def train(s: Settings) -> dict | None:
     lower, stride = LOWER if s.setting == "inductive" else 0.0, s.crop_size * 426 // 512
     transductive_unseen = unseen if s.setting == "transductive" else ()
 
-    if s.init:
+    starts_over = not (s.resume and Path(s.out, "last.pt").exists())
+    if s.init and starts_over:
         load_trained(model, read_checkpoint(s.init), s.init, clip_sha256)
 
     # the run's folder; a run that goes on takes up weights, optimiser and place
@@ -298,11 +310,20 @@ def train(s: Settings) -> dict | None:
         checkpoint = claim_folder(s)
     if world > 1:
         dist.barrier()
-        checkpoint = read_checkpoint(out / "last.pt") if s.resume and (out / "last.pt").exists() else None
+        checkpoint = read_checkpoint(out / "last.pt") if not starts_over else None
     if checkpoint:
+        for what, now in (("class_names", names), ("unseen", unseen), ("templates", train_data.templates)):
+            if list(now) != checkpoint[what]:
+                raise ValueError(f"--data-root {s.data_root}: its {what.replace('_', ' ')} are not those that {out}/last.pt "
+                                 f"was trained with")
         load_trained(model, checkpoint, out / "last.pt", clip_sha256)
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
+    if world > 1:
+        starts = torch.tensor([start, -start], device=device)
+        dist.all_reduce(starts, dist.ReduceOp.MAX)
+        if starts[0] != -starts[1]:
+            raise ValueError(f"--out {s.out}: some processes find a checkpoint there and some do not; all machines must share it")
 
     def save(name: str, step: int) -> None:
         save_checkpoint(out / name, model, clip_sha256, run=asdict(s), clip=str(clip_path), class_names=list(names),
@@ -313,26 +334,35 @@ def train(s: Settings) -> dict | None:
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
 
+    def numbers(metrics: dict) -> dict:  # JSON has no NaN: what has no value is null
+        return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
     if rank == 0:
         lines = read_log(out / "log.jsonl")
-        write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
+        write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines
+                                              if line["step"] <= start and "result" not in line))
         print(f"{s.dataset}, {s.setting}: {len(train_data.pairs):,} images, {len(seen)} seen and {len(unseen)} unseen classes"
               + (f"; {train_data.note}" if train_data.note else ""))
         print(f"{sum(p.numel() for p in trained):,} trained parameters, {s.iterations:,} steps of {s.batch_size} images on "
               f"{world} x {device.type}" + (f", from step {start:,}" if start else ""))
 
-    stop_asked = []
-    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, keep it, go
-        signal.signal(name, lambda *_: stop_asked.append(True))
+    stop_asked, usual = [], {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def listen(on: bool) -> None:
+        """In the loop, SIGINT and SIGTERM mean: finish the step, keep it, go. Elsewhere last.pt is up to date anyway."""
+        for name, handler in usual.items():
+            signal.signal(name, (lambda *_: stop_asked.append(True)) if on else handler)
 
     # the loop
     samples = data.TrainSet(train_data, s.crop_size, s.seed, (s.scale_min, s.scale_max), s.jitter)
     batches = data.GlobalBatches(len(samples), s.batch_size, s.iterations, s.seed, rank, world, start)
-    loader = DataLoader(samples, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(samples, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=data.leave_signals)
     bar = tqdm(total=s.iterations, initial=start, desc="training", disable=True if rank else None)
     model.train()
     confusion, stopping = None, False
-    clock = time.perf_counter()
+    listen(True)
+    clock, clocked = time.perf_counter(), start
     for step, (images, labels) in enumerate(loader, start=start):
         # Dropout's numbers depend on seed, step and process alone, so a resumed run draws what it would have drawn.
         torch.manual_seed(int(np.random.SeedSequence((s.seed, step, rank)).generate_state(1)[0]))
@@ -347,9 +377,11 @@ def train(s: Settings) -> dict | None:
         bar.update()
 
         done = step + 1
-        stopping = any_process(bool(stop_asked), device) and done < s.iterations
-        saving = done % s.save_every == 0 or done == s.iterations or stopping
-        if done % s.log_every == 0 or saving:
+        stopping = any_process(bool(stop_asked), device)
+        halfway = done == s.iterations // 2 and s.setting == "inductive"
+        validating = (done % s.val_every == 0 or done == s.iterations) and not stopping
+        saving = done % s.save_every == 0 or validating or stopping
+        if done % s.log_every == 0 or saving or halfway:
             values = {name: loss.detach() for name, loss in losses.items()}
             for value in values.values():
                 if world > 1:
@@ -357,27 +389,30 @@ def train(s: Settings) -> dict | None:
             values = {name: value.item() / world for name, value in values.items()}
             total = sum(values.values())
             if not math.isfinite(total):
-                raise ValueError(f"step {done}: the loss is {total}; what {out}/last.pt holds is from before. Lower --lr, or "
+                raise ValueError(f"step {done}: the loss is {total}; what {out}/last.pt holds is from an earlier step. Lower --lr, or "
                                  f"look at the pictures with data.py --check")
             if rank == 0:
-                seconds = (time.perf_counter() - clock) / min(s.log_every, done - start)
+                seconds = (time.perf_counter() - clock) / (done - clocked)
                 note({"step": done, "loss": total, **values, "lr": learning_rate(step, s), "seconds_per_step": round(seconds, 4)})
                 bar.set_postfix(loss=f"{total:.3f}")
-            clock = time.perf_counter()
+            clock, clocked = time.perf_counter(), done
+        if rank == 0 and halfway:  # before last.pt: a run that goes on from there does not come by here again
+            save("half.pt", done)
         if rank == 0 and saving:
             save("last.pt", done)
-        if rank == 0 and done == s.iterations // 2 and s.setting == "inductive":
-            save("half.pt", done)
         if stopping:
             break
-        if done % s.val_every == 0 or done == s.iterations:
+        if validating:
+            listen(False)
             confusion = evaluate(model, val_data, text, s.crop_size, stride, lower, seen, s.workers, s.precision)
             metrics = zero_shot_metrics(confusion, unseen)
             if rank == 0:
-                note({"step": done, "val": metrics})
+                note({"step": done, "val": numbers(metrics)})
                 bar.write(f"step {done:,}: pAcc {metrics['pAcc']:.1f}  hIoU {metrics['hIoU']:.1f}  "
                           f"mIoU(S) {metrics['mIoU_S']:.1f}  mIoU(U) {metrics['mIoU_U']:.1f}")
+            listen(True)
             clock = time.perf_counter()
+    listen(False)
     bar.close()
 
     # what came out
@@ -389,9 +424,9 @@ def train(s: Settings) -> dict | None:
         if confusion is None:  # the run was finished already
             confusion = evaluate(model, val_data, text, s.crop_size, stride, lower, seen, s.workers, s.precision)
         metrics = zero_shot_metrics(confusion, unseen)
-        rows, untrained = {"CLIP-RC": metrics}, UntrainedClip(clip_model.visual, s.regions)
+        rows, untrained = {"CLIP-RC": metrics}, UntrainedClip(clip_model.visual, s.regions).to(device)
         if s.dataset == "toy":
-            floor = evaluate(UntrainedClip(clip_model.visual), val_data, text, s.crop_size, stride, 0.0, ())
+            floor = evaluate(UntrainedClip(clip_model.visual).to(device), val_data, text, s.crop_size, stride, 0.0, ())
             rows = {"CLIP, untrained": zero_shot_metrics(floor, unseen)} | rows
         if rank == 0:
             lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
@@ -400,7 +435,7 @@ def train(s: Settings) -> dict | None:
                                       f"{s.dataset}, {s.setting}: training losses", log_y=True), out / "loss.png")
             for name, picture in result_pictures(model.eval(), untrained, val_data, text, s.crop_size, stride, lower, seen).items():
                 draw.save(picture, out / name)
-            note({"step": s.iterations, "result": metrics})
+            note({"step": s.iterations, "result": numbers(metrics)})
             print(class_table(confusion, names, unseen) + "\n")
             print(paper_table(rows))
             print(f"\nin {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
@@ -446,6 +481,8 @@ ABLATIONS = [
     ("Table 6", "M = 1", {"regions": 1}, (95.3, 86.9, 92.5, 82.0)),
     ("Table 6", "M = 4", {"regions": 4}, (95.6, 87.3, 92.6, 82.6)),
     ("Table 6", "M = 16", {"regions": 16}, (95.8, 88.4, 92.8, 84.4)),
+    ("Table 6", "M = 64", {"regions": 64}, (96.0, 89.1, 93.0, 85.6)),
+    ("Table 6", "M = 256", {"regions": 256}, (96.0, 89.2, 92.7, 86.0)),
     ("Table 7", "neither", {"align": ""}, (94.9, 85.6, 91.5, 80.5)),
     ("Table 7", "[CLS]", {"align": "G"}, (95.4, 86.6, 92.1, 82.0)),
     ("Table 7", "RLB", {"align": "R"}, (95.7, 87.0, 92.9, 81.8)),
@@ -464,12 +501,16 @@ ABLATIONS = [
 def ablate(s: Settings) -> None:
     """Tables 5-8: every row over `s.ablate` seeds, mean and standard deviation beside the paper's VOC 2012 figures.
 
-    A run is kept in OUT/ablate and never repeated: started again, the command goes on where it was.
+    A run is kept in OUT/ablate and never repeated: started again, the command goes on where it was. A row whose regions
+    would be smaller than 2x2 patches is left out, and said.
     """
-    seeds = range(s.seed, s.seed + s.ablate)
-    finished: dict[str, list] = {}
+    side = s.crop_size // load_clip(clip_file(s.clip)).visual.conv1.kernel_size[0]  # patches
+    seeds, finished = range(s.seed, s.seed + s.ablate), {}
     rows = [(table, row, replace(s, **changes), paper) for table, row, changes, paper in ABLATIONS]
     for table, row, settings, _ in tqdm(rows, "ablations", disable=None):
+        m = math.isqrt(settings.regions)
+        if m and (side % m or side // m < 2):
+            continue
         changed = {f.name: getattr(settings, f.name) for f in fields(s) if getattr(settings, f.name) != getattr(s, f.name)}
         name = "-".join(f"{key}={value}" for key, value in changed.items()) or "default"
         finished[table + row] = []
@@ -478,24 +519,27 @@ def ablate(s: Settings) -> None:
             results = [line["result"] for line in read_log(out / "log.jsonl") if "result" in line]
             if not results:
                 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                    metrics = train(replace(settings, seed=seed, out=str(out), resume=True))
-                if metrics is None:
-                    print("stopped; the same command goes on from there")
-                    return
-                results = [metrics]
+                    results = [train(replace(settings, seed=seed, out=str(out), resume=True, val_every=s.iterations))]
+            if results[-1] is None:
+                print("stopped; the same command goes on from there")
+                return
             finished[table + row].append(results[-1])
     print(f"{s.dataset}, {s.setting}, {s.iterations} steps, {len(seeds)} seeds: mean ± standard deviation"
           f"{'':>6}the paper's, VOC 2012")
     print(f"{'':<32}{'hIoU':>12}{'mIoU(S)':>13}{'mIoU(U)':>13}{'hIoU':>10}{'mIoU(S)':>9}{'mIoU(U)':>9}")
     for table, row, _, paper in rows:
-        columns = [torch.tensor([run[key] for run in finished[table + row]]) for key in ("hIoU", "mIoU_S", "mIoU_U")]
+        runs = finished.get(table + row)
+        columns = [torch.tensor([float(run[key] or 0) for run in runs]) for key in ("hIoU", "mIoU_S", "mIoU_U")] if runs else []
         ours = "".join(f"{column.mean():>8.1f} ±{column.std(correction=0):4.1f}" for column in columns)
-        print(f"{table:<9}{row:<22}{ours}" + ("".join(f"{value:>9.1f}" for value in paper[1:]) if paper else ""))
+        print(f"{table:<9}{row:<22}{ours or 'a region would be smaller than 2x2 patches':<41}"
+              + ("".join(f"{value:>9.1f}" for value in paper[1:]) if paper else ""))
 
 
 def main() -> None:
     """One run, or all those of Tables 5-8."""
     s = parse_settings()
+    if s.ablate and "RANK" in os.environ:
+        raise ValueError("--ablate: its runs follow each other in one process; start it without torchrun")
     ablate(s) if s.ablate else train(s)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -504,5 +548,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
     except (ValueError, OSError) as error:
         sys.exit(print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr) or 2)

@@ -15,12 +15,12 @@ import data
 import model
 import toy
 
-SCENE_SHA256 = "d0b3c7adb1f7a6e67540bb6ec5c91473b77620c90ac38432c0744aef7ee78e49"  # of eight scenes' pixels and masks
+SCENE_SHA256 = "6fa322094cb7370730c920a626deb9e2fa6c464d8ccea45599f33b398fb88411"  # of eight scenes' pixels and masks
 
 
 def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return toy.draw_scene(rng, toy.random_classes(rng))
+    return toy.draw_scene(rng, toy.one_to_three(rng, toy.RUGS))
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +52,26 @@ def test_another_seed_gives_another_world(world, tmp_path):
     assert len(set(pictures[3]) | set(pictures[4])) == 6  # no scene twice, neither across seeds nor across splits
 
 
-def test_a_caption_names_exactly_the_classes_whose_rugs_show():
+def test_a_caption_names_exactly_the_rugs_that_show():
     rng = np.random.default_rng(0)
     for _ in range(40):
-        classes = toy.random_classes(rng)
-        _, label = toy.draw_scene(rng, classes)
-        shown = {toy.CLASS_NAMES[i - 1] for i in np.unique(label) if i}
-        text = toy.caption(classes)
-        assert shown == {name for name in toy.CLASS_NAMES if name in text}
-        assert text.count(" a ") == len(classes) and min(np.bincount(label.ravel())[classes + 1]) >= 100
+        rugs = toy.one_to_three(rng, toy.RUGS)
+        _, label = toy.draw_scene(rng, rugs)
+        text = toy.caption(rugs)
+        assert {rug for rug in toy.RUGS if f"{rug[0]} {rug[1]} rug" in text} == set(rugs)
+        assert text.count(" a ") == len(rugs) == label.max() and min(np.bincount(label.ravel())[1:]) >= 100
 
 
 def test_a_pattern_and_a_colour_mean_what_the_name_says():
-    for i, (pattern, colour) in enumerate(toy.CLASSES):
-        image, label = toy.draw_scene(np.random.default_rng(i), [i])
-        rug = image[label == i + 1].astype(int)
-        to_colour, to_cream = (abs(rug - np.array(c)).max(1) <= 28 for c in (toy.COLOURS[colour], toy.SECOND_COLOUR))
-        assert (to_colour | to_cream).all()
-        low, high = {"plain": (0, 0), "striped": (0.3, 0.7), "checked": (0.3, 0.7), "dotted": (0.15, 0.45)}[pattern]
-        assert low <= to_cream[~to_colour].sum() / len(rug) <= high, toy.CLASS_NAMES[i]
+    for i, (pattern, colour) in enumerate(toy.RUGS):
+        image, label = toy.draw_scene(np.random.default_rng(i), [(pattern, colour)])
+        rug = image[label == 1].astype(int)
+        ground, dark, cream = (abs(rug - np.array(c)).max(1) <= 28 for c in (toy.COLOURS[colour], toy.DARK, toy.CREAM))
+        assert (ground | dark | cream).all()
+        dark_range, cream_range = {"plain": ((0, 0), (0, 0)), "striped": ((0.3, 0.7), (0, 0)), "checked": ((0.1, 0.4), (0.2, 0.5)),
+                                   "dotted": ((0, 0), (0.2, 0.6))}[pattern]
+        assert dark_range[0] <= dark.mean() <= dark_range[1], (pattern, colour, dark.mean())
+        assert cream_range[0] <= cream.mean() <= cream_range[1], (pattern, colour, cream.mean())
 
 
 def test_the_folder_reads_as_the_lists_say(world):
@@ -80,18 +81,19 @@ def test_the_folder_reads_as_the_lists_say(world):
         for i in range(count):
             image, label = data.read_pair(dataset, i)
             rng = np.random.default_rng((3, split == "val", i))
-            pixels, mask = toy.draw_scene(rng, toy.random_classes(rng))
+            classes = toy.one_to_three(rng, range(20))
+            pixels, mask = toy.draw_scene(rng, [toy.CLASSES[c] for c in classes])
             assert np.array_equal(np.asarray(image), pixels)
-            assert np.array_equal(label, np.where(mask == 0, 255, mask - 1))  # VOC's background is nobody's
+            assert np.array_equal(label, np.array([255, *classes])[mask])  # VOC's background is nobody's
     assert {len(list((world / part).iterdir())) for part in ("JPEGImages", "SegmentationClass")} == {17}
     assert Image.open(world / "SegmentationClass" / "val_00000.png").mode == "P"
 
 
-def test_five_classes_are_unseen_and_two_of_them_have_a_colour_that_no_mask_shows():
+def test_five_classes_are_unseen_and_one_of_them_has_a_colour_that_no_mask_shows():
     assert len(toy.CLASS_NAMES) == len(set(toy.CLASS_NAMES)) == 20 and len(set(toy.UNSEEN)) == 5
     seen = [toy.CLASSES[i] for i in range(20) if i not in toy.UNSEEN]
-    assert [toy.CLASS_NAMES[i] for i in toy.NEW_ATTRIBUTE] == ["striped purple rug", "dotted purple rug"]
-    assert "purple" not in {colour for _, colour in seen}
+    assert [toy.CLASS_NAMES[i] for i in toy.NEW_ATTRIBUTE] == ["checked orange rug"]
+    assert "orange" not in {colour for _, colour in seen}
     for i in set(toy.UNSEEN) - set(toy.NEW_ATTRIBUTE):  # the others are new combinations of what masks do show
         assert toy.CLASSES[i][0] in {p for p, _ in seen} and toy.CLASSES[i][1] in {c for _, c in seen}
 
@@ -138,7 +140,7 @@ def test_the_shipped_clip_is_small_and_in_openais_format(shipped):
 
 def test_only_the_words_of_the_captions_have_an_embedding(shipped):
     known = shipped["token_embedding.weight"].abs().sum(1).nonzero().flatten().tolist()
-    captions = [toy.caption([i]) for i in range(20)] + [toy.caption([0, 1])]
+    captions = [toy.caption([rug]) for rug in toy.RUGS] + [toy.caption(toy.RUGS[:2])]
     assert known == model.tokenize(captions, 32).unique()[1:].tolist()  # all but 0, which fills the row after the end
 
 
