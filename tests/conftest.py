@@ -11,6 +11,10 @@ sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
 
+# One thread, here and in the processes that tests start: sums in another order would differ in their last digits, and
+# what is compared to the bit must not.
+torch.set_num_threads(1)
+
 GOLDEN = ("clip_rc_inductive", "clip_rc_transductive", "zegclip_inductive")
 
 

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     toy.draw_world(folder / "world", train=8, val=2)
     done = run("--data-root", str(folder / "world"), "--out", str(folder / "run"), "--iterations", "2", "--batch-size",
-               "4", "--lr", "1e-2", "--device", "cpu")
+               "4", "--lr", "1e-3", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return folder / "run" / "last.pt"
 
