@@ -440,14 +440,12 @@ class TrainSet(TorchDataset):
         return augment(image, label, self.crop, rng, self.scale, self.colours)
 
 
-def leave_signals(worker: int) -> None:
-    """For DataLoader's worker_init_fn: a stop is asked of the training process, which ends its workers when it is ready.
+def leave_ctrl_c(worker: int) -> None:
+    """For DataLoader's worker_init_fn: Ctrl-C reaches every process of a terminal, but what to do of it is the training's.
 
-    torchrun, batch systems and Ctrl-C send their signal to every process; a worker that died of it would take the step
-    and the checkpoint with it.
+    SIGTERM stays PyTorch's own affair in a worker: it is how a worker is ended when its loader goes.
     """
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class GlobalBatches(Sampler):

@@ -166,7 +166,7 @@ def evaluate(model: CLIPRC, dataset: data.Dataset, text: Tensor, crop: int, stri
     # Images are dealt out in blocks, and only those of a block share batches of windows: so the batches, and every last
     # digit of the scores, are the same however many processes there are.
     mine = [i for i in range(len(samples)) if i // IMAGES_IN_BLOCK % world == rank]
-    loader = DataLoader(Subset(samples, mine), batch_size=None, num_workers=workers, worker_init_fn=data.leave_signals)
+    loader = DataLoader(Subset(samples, mine), batch_size=None, num_workers=workers, worker_init_fn=data.leave_ctrl_c)
     under_way = []  # (label, index) of the images whose windows are still being computed
 
     def images() -> Iterator[Tensor]:

@@ -357,7 +357,7 @@ def train(s: Settings) -> dict | None:
     samples = data.TrainSet(train_data, s.crop_size, s.seed, (s.scale_min, s.scale_max), s.jitter)
     batches = data.GlobalBatches(len(samples), s.batch_size, s.iterations, s.seed, rank, world, start)
     loader = DataLoader(samples, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda",
-                        worker_init_fn=data.leave_signals)
+                        worker_init_fn=data.leave_ctrl_c)
     bar = tqdm(total=s.iterations, initial=start, desc="training", disable=True if rank else None)
     model.train()
     confusion, stopping = None, False
