@@ -1,14 +1,21 @@
-"""All drawing in one place: label colours, masks over pictures, legends, tiles (Fig. 6), regions (Fig. 2), charts."""
+"""All drawing in one place: label colours, masks over pictures, legends, tiles (Fig. 6), regions (Fig. 2), charts.
 
+    python draw.py                  draws the method at a glance (Fig. 3) to method.png
+"""
+
+import argparse
 import functools
+import itertools
 import math
 import os
+import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 INK, GREY, PALE, RED = (30, 30, 30), (120, 120, 120), (222, 222, 222), (200, 0, 20)
 # Okabe and Ito's seven, told apart with and without colour-blindness
@@ -286,6 +293,114 @@ def line_chart(series: dict[str, list[tuple[float, float]]], title: str, size: t
     return out.reduce(2)
 
 
+def method_figure(image: Image.Image, answer: Image.Image) -> Image.Image:
+    """Fig. 3, with Fig. 4 and 5 (a) inside, in the code's symbols, shapes and files; 2000 x 1050, to be shown at half.
+
+    image, answer: what stands at its beginning and its end, cut square; 4 x 4 patches of the image in 2 x 2 cells.
+    """
+    frozen, trained, plain = ((218, 228, 241), (70, 98, 138)), ((255, 231, 196), (196, 98, 0)), ("white", GREY)
+    boxes = (  # left, top, right, bottom, (fill, outline), a title tab and remark, more lines
+        (20, 24, 276, 76, frozen, "frozen"), (20, 92, 276, 144, trained, "trained"),
+        (20, 504, 276, 584, None, "image", "(B, 3, H, W)"),
+        (306, 24, 866, 762, frozen, "CLIP's image encoder with RLB\tfrozen",
+         "region-level bridge, Sec. 3.2 · rlb_attention.py", "X (B, E, D_v),  E = 1 + K + N + M\tEq. 1"),
+        (306, 274, 866, 384, None, "L layers with masked attention\tEq. 2", "trained here: new prompts in each, their",
+         "common Linear and a last LayerNorm"),
+        (592, 416, 866, 660, None, "Each region token", "reads its own cell", "only, as [CLS] reads",
+         "the whole image: R is", "CLIP's answer for", "each of the M = m x m", "regions."),
+        (306, 690, 866, 752, None, "After the last layer: I, G, R\tEq. 3"),
+        (894, 342, 1026, 430, plain, "I\tpatches", "(B, N, D)"), (894, 476, 1026, 564, plain, "G\timage", "(B, D)"),
+        (894, 610, 1026, 698, plain, "R\tregions", "(B, M, D)"), (894, 866, 1026, 954, plain, "T\tnames", "(C, D)"),
+        (20, 830, 276, 990, plain, "class names", "in training: seen", "at test: any", '"a photo of a ..."'),
+        (306, 846, 866, 974, frozen, "CLIP's text encoder\tfrozen", "Sec. 3.3 · model.py", "once for each class"),
+        (1062, 330, 1392, 762, trained, "region alignment\tSec. 3.3", "RAM · model.py"),
+        (1078, 414, 1376, 542, plain, "v\t(B, N, D)  Eq. 4", "Î = [Up(G), Up(R), I]", "v = Linear(Î)"),
+        (1078, 586, 1376, 746, plain, "q\t(B, M C, D)  Eq. 5-6", "R_a = R + G", "R̂ = [T * R_a, T]", "q = Linear(R̂)"),
+        (1446, 330, 1690, 762, trained, "decoder\tSec. 3.4", "3 layers · model.py"),
+        (1462, 414, 1674, 542, plain, "v reads q\tEq. 7", "MHCA and FFN", "v_d, paper: Î_d"),
+        (1462, 602, 1674, 730, plain, "q reads v\tEq. 7", "MHCA and FFN", "q_d, paper: R̂_d"),
+        (1736, 414, 1980, 730, plain, "q_d · v_d\tEq. 8", "each descriptor", "with each patch,", "mean over regions:",
+         "(B, C, N)", "sized as the image:", "(B, C, H, W)", "model.py"),
+        (1446, 850, 1700, 990, None, "a map per class", "(B, C, H, W)", "the highest score", "names the pixel"),
+        (1066, 24, 1686, 76, None, "recovery\tRDL, Sec. 3.4 · model.py · training only"),
+        (1078, 80, 1376, 242, plain, "recovery loss\tEq. 10", "mean |q_r - R̂|", "+ mean |v_r - I|",
+         "R̂ and I as constants"),
+        (1446, 80, 1674, 242, trained, "decoder\tEq. 9", "1 layer", "q_r (B, M C, 2D)", "v_r (B, N, D)"),
+    )
+    arrows = (  # x, y of the corners
+        (276, 376, 306, 376), (866, 386, 894, 386), (866, 520, 894, 520), (866, 654, 894, 654), (1026, 386, 1062, 386),
+        (1026, 520, 1062, 520), (1026, 654, 1062, 654), (276, 910, 306, 910), (866, 910, 894, 910),
+        (1026, 910, 1227, 910, 1227, 762), (1376, 478, 1462, 478), (1376, 666, 1462, 666), (1568, 572, 1568, 542),
+        (1568, 572, 1568, 602), (1674, 478, 1736, 478), (1674, 666, 1736, 666), (1858, 730, 1858, 784),
+    )
+    in_training = ((960, 342, 960, 161, 1078, 161), (1227, 330, 1227, 242), (1510, 330, 1510, 242),
+                   (1610, 330, 1610, 242), (1446, 161, 1376, 161))
+    labels = ((92, 178, "training only"), (328, 168, "1"), (396, 168, "K"), (580, 168, "N"), (792, 168, "M"),
+              (317, 244, "cls"), (364, 244, "prompts"), (545, 244, "patches"), (761, 244, "regions"), (1412, 456, "v"),
+              (1412, 644, "q"), (1698, 450, "v_d"), (1698, 638, "q_d"), (976, 140, "I"), (1243, 296, "R̂"),
+              (1526, 296, "q_d"), (1626, 296, "v_d"))
+    out = Image.new("RGB", (2000, 1050), "white")
+    pen, ink = ImageDraw.Draw(out), (80, 80, 80)
+
+    def write(x: float, y: float, text: str, size: int, bold: float = 0, colour: tuple = INK) -> float:
+        for part in re.split("(\u0302|(?<=[DIRqv\u0302])_[a-z])", unicodedata.normalize("NFD", text)):
+            if part == "\u0302":  # Pillow's own font has no letters with hats
+                pen.text((x - width / 2, y - 0.1 * size), "^", colour, _font(int(0.8 * size)), "ms", stroke_width=bold)
+                continue
+            small = part[:1] == "_"  # a subscript
+            font = _font(int(0.75 * size) if small else size)
+            pen.text((x, y + 0.3 * size * small), part[small:], colour, font, "lm", stroke_width=bold)
+            x, width = x + font.getlength(part[small:]), font.getlength(part[-1:])
+        return x
+
+    def line(corners: tuple, dashed: bool) -> None:
+        for start, end in itertools.pairwise(np.reshape(corners, (-1, 2))):
+            dashes = np.linspace(start, end, 2 * round(np.abs(end - start).sum() / 20) if dashed else 2)
+            for dash in dashes.reshape(-1, 4).tolist():
+                pen.line(dash, ink, 4)
+
+    def picture(source: Image.Image, side: int, x: int, y: int, frame: tuple | str) -> None:
+        pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), frame)
+        out.paste(source.resize((side, side)), (x, y))
+
+    line((22, 178, 82, 178), dashed=True)
+    line((1062, 24, 1690, 24, 1690, 258, 1062, 258, 1062, 24), dashed=True)
+    for left, top, right, bottom, colours, *texts in boxes:
+        if colours:
+            pen.rounded_rectangle((left, top, right, bottom), 12, *colours, 3)
+        for i, text in enumerate(texts):
+            text, _, remark = text.partition("\t")
+            y = top + 26 + 34 * i + 2 * (i > 0)
+            x = write(left + 12, y, text, *((25, 0), (27, 0.6))[i == 0])
+            write(x + 12, y, remark, 23, colour=ink)
+    for corners in arrows + in_training:
+        line(corners, corners in in_training)
+        *_, x0, y0, x, y = corners
+        dx, dy = 16 * np.sign((x - x0, y - y0))
+        pen.polygon([(x, y), (x - dx + dy / 2, y - dy + dx / 2), (x - dx - dy / 2, y - dy - dx / 2)], ink)
+    for x, y, text in labels:
+        write(x, y, text, 25)
+
+    image, answer = (ImageOps.fit(each.convert("RGB"), (256, 256)) for each in (image, answer))
+    picture(image, 256, 20, 248, GREY)
+    for offset in (24, 12, 0):
+        picture(answer, 220, 1736 + offset, 792 + offset, GREY)
+    cells = (*(FIRST_COLOURS[i] for i in (0, 2, 4)), INK)  # a colour for each region and its patches
+    tokens = [(322, 192, *frozen), (380, 192, *trained), (406, 192, *trained)]
+    for i, colour in enumerate(cells):
+        tokens += (752 + 26 * i, 192, frozen[0], colour), (374 + 132 * (i % 2), 468 + 132 * (i // 2), frozen[0], colour)
+    for i in range(16):
+        row, column = divmod(i, 4)
+        patch = image.crop((64 * column, 64 * row, 64 * column + 64, 64 * row + 64))
+        colour = cells[row // 2 * 2 + column // 2]
+        out.paste(patch.resize((15, 15)), (446 + 18 * i, 192))
+        pen.rectangle((446 + 18 * i, 212, 460 + 18 * i, 219), colour)
+        picture(patch, 52, 328 + 60 * column + 12 * (column // 2), 424 + 60 * row + 12 * (row // 2), colour)
+    for x, y, fill, outline in tokens:
+        pen.rectangle((x, y, x + 22, y + 27), fill, outline, 5)
+    return out
+
+
 def save(image: Image.Image, path: str | Path) -> None:
     """Writes a figure beside its place and renames it, so that no half-written file ever bears the name.
 
@@ -305,3 +420,25 @@ def save(image: Image.Image, path: str | Path) -> None:
     finally:
         if temporary.parent.is_dir() and len(os.fsencode(temporary.name)) < 256:
             temporary.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """Draws Fig. 3."""
+    parser = argparse.ArgumentParser(description="Draw CLIP-RC at a glance (Fig. 3), around a scene of the small world "
+                                                 "and the labels it was drawn with.")
+    parser.add_argument("--out", default="method.png", help="the picture's path (default %(default)s)")
+    args = parser.parse_args()
+    import toy  # only this picture needs it, and it imports this file
+
+    classes = [toy.CLASSES.index(rug) for rug in (("striped", "yellow"), ("dotted", "blue"), ("plain", "red"))]
+    scene, label = toy.draw_scene(np.random.default_rng(0), [toy.CLASSES[i] for i in classes])
+    scene, label = (array.repeat(4, 0).repeat(4, 1) for array in (scene, np.array([255, *classes], np.uint8)[label]))
+    save(method_figure(Image.fromarray(scene), overlay(scene, label, palette(len(toy.CLASSES)), 0.75)), args.out)
+    print(f"{args.out}: written")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_train import refused, run
 
 import data
@@ -475,3 +475,45 @@ def test_region_names_are_written_in_every_cell_and_fit():
                 assert (cells[r, c] == 255).all(-1).sum() > 300
                 red = cells[r, c, ..., 0].astype(int) - cells[r, c, ..., 1] > 60
                 assert red.any() == ((r + c) % 3 == 2)
+
+
+def test_in_the_methods_figure_no_text_meets_an_edge_an_arrow_or_another_text(monkeypatch):
+    texts, boxes, lines = [], [], []
+
+    class Pen(ImageDraw.ImageDraw):
+        def text(self, xy, text, fill, font, anchor, stroke_width):
+            super().text(xy, text, fill, font, anchor, stroke_width=stroke_width)
+            if text.strip():
+                texts.append((text, self.textbbox(xy, text, font, anchor, stroke_width=stroke_width)))
+
+        def rounded_rectangle(self, xy, *style):
+            super().rounded_rectangle(xy, *style)
+            boxes.append(xy)
+
+        def rectangle(self, xy, *style):
+            super().rectangle(xy, *style)
+            lines.append(xy)
+
+        def line(self, xy, *style):
+            super().line(xy, *style)
+            x, y = sorted(xy[::2]), sorted(xy[1::2])
+            lines.append((x[0] - 2, y[0] - 2, x[1] + 2, y[1] + 2))
+
+    def apart(a, b, slack=0):
+        return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) >= -slack
+
+    def inside(a, b):
+        return b[0] <= a[0] and b[1] <= a[1] and a[2] <= b[2] and a[3] <= b[3]
+
+    monkeypatch.setattr(draw.ImageDraw, "Draw", Pen)
+    picture = draw.method_figure(Image.new("RGB", (90, 50), (9, 9, 9)), Image.new("L", (5, 7)))
+    assert len(texts) > 100 and len(boxes) > 15 and len(lines) > 20
+    for i, (text, place) in enumerate(texts):
+        assert inside(place, (0, 0, *picture.size)), text
+        assert all(apart(place, (left, top, right, bottom)) or inside(place, (left + 6, top + 6, right - 6, bottom - 6))
+                   for left, top, right, bottom in boxes), text
+        assert all(apart(place, line) for line in lines), text
+        assert all(apart(place, other, slack=2) or "^" in (text, name) for name, other in texts[:i]), text
+    for line in lines:  # an arrow may leave a box, or enter it, but never cross it
+        for box in boxes:
+            assert apart(line, box) or all(line[i] > box[i] or line[i + 2] < box[i + 2] for i in (0, 1)), (line, box)
