@@ -8,11 +8,11 @@ class names are encoded by `--clip` at test. Every size is read off the tensors.
 """
 
 import argparse
+import os
 import pickle
 import re
 import sys
 from pathlib import Path
-
 
 import torch
 from torch import Tensor
@@ -59,6 +59,9 @@ def from_released(state_dict: dict[str, Tensor]) -> CLIPRC:
     try:
         released = {name.removeprefix("module."): tensor
                     for name, tensor in state_dict.get("state_dict", state_dict).items()}
+        broken = [name for name, tensor in released.items() if not tensor.numel() or not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(f"{broken[0]} is empty or holds NaN or infinite numbers")
         state = {ours: tensor.float() for name, tensor in released.items() if (ours := our_name(name))}
         prefix = "encoder.visual."
         visual = visual_from_state({name.removeprefix(prefix): tensor for name, tensor in state.items()
@@ -77,7 +80,7 @@ def from_released(state_dict: dict[str, Tensor]) -> CLIPRC:
         model = CLIPRC(visual, num_prompts=first.shape[1], regions=len(state["encoder.regions"]), ram=ram,
                        rdl=recovery_layers > 0, recovery_layers=recovery_layers)
         model.load_state_dict(state)
-    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"these are not the weights of CLIP-RC's or ZegCLIP's released code ({reason})") from error
     return model.eval()
@@ -89,16 +92,16 @@ def main() -> None:
     parser.add_argument("released", metavar="RELEASED.pth", help="a checkpoint of the authors' CLIP-RC or ZegCLIP")
     parser.add_argument("ours", metavar="OURS.pt", help="the checkpoint to write; an existing file is not overwritten")
     args = parser.parse_args()
-    if Path(args.ours).exists():
+    if os.path.lexists(args.ours):
         raise ValueError(f"{args.ours} exists already; choose another name or move it away")
     if not Path(args.released).is_file():
-        raise FileNotFoundError(f"{args.released}: no such file")
+        raise FileNotFoundError(f"{args.released}: no such file; correct the path")
     try:
         state_dict = torch_load(args.released)
         if not isinstance(state_dict, dict):
             raise pickle.UnpicklingError
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise ValueError(f"{args.released} is not a checkpoint of tensors that can be read safely") from error
+        raise ValueError(f"{args.released} is not a checkpoint of tensors that can be read safely; fetch it again") from error
     try:
         model = from_released(state_dict)
     except ValueError as error:
@@ -112,4 +115,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)

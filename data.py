@@ -39,6 +39,7 @@ IGNORE = 255  # label of a pixel that nobody annotated
 REFUSED = 254  # what `mapping` gives for a mask value that the data set does not have
 DATASETS = ("toy", "voc", "context", "context59", "coco-stuff", "folder")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")  # others start programs: PostScript is one itself
 # ImageNet's mean and deviation: the released code does not use CLIP's own
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
@@ -122,6 +123,8 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
         name = line.removeprefix("*").strip()
         if not name:
             raise ValueError(f"{path}, line {number}: a * without a class name; write the name behind it")
+        if not name.isprintable():
+            raise ValueError(f"{path}, line {number}: {ascii(name)} is no name; save the file as plain text in UTF-8")
         if name in names:
             raise ValueError(f"{path}, line {number}: '{name}' again, as on line {names[name]}; give it once")
         if line.startswith("*"):
@@ -153,7 +156,7 @@ def _read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such list; it names the split's pictures, one a line, without suffix")
     try:
-        stems = list(dict.fromkeys(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()))
+        stems = list(dict.fromkeys(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()))
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8; save the list in that encoding") from None
     if not stems:
@@ -282,16 +285,18 @@ def seen_classes(dataset: Dataset) -> Dataset:
 
 
 def _open(path: Path) -> Image.Image:
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise FileNotFoundError(f"{path}: no file of that name; put the picture there")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does not matter here; a picture too large to be meant well does
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+            with Image.open(path, formats=FORMATS) as image:
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return image
+    except PermissionError:
+        raise ValueError(f"{path}: may not be read; change its permissions") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
     except Exception as error:  # Pillow and its codecs raise a dozen kinds on damaged files
@@ -318,12 +323,14 @@ def read_image(path: str | Path) -> Image.Image:
 def read_label(path: str | Path, mapping: np.ndarray) -> np.ndarray:
     """A mask of Sec. 4.1 as (H, W) uint8 train ids and IGNORE. ValueError names the file, and the value it refuses."""
     mask = _open(Path(path))
-    if mask.mode not in ("P", "L", "I", "I;16"):
-        raise ValueError(f"{path}: mode {mask.mode}, not a mask; save a class number per pixel (grey or palette PNG)")
+    if mask.mode not in ("P", "L", "I", "I;16") or mask.format == "JPEG":  # whose compression makes other numbers of them
+        raise ValueError(f"{path}: mode {mask.mode} ({mask.format}), not a mask; save a class number per pixel (grey or "
+                         f"palette PNG)")
     raw = np.asarray(mask)  # (H, W)
     if raw.dtype != np.uint8:
         if raw.max() > 255 or raw.min() < 0:
-            raise ValueError(f"{path}: value {raw.max() if raw.max() > 255 else raw.min()} is outside 0..255")
+            raise ValueError(f"{path}: value {raw.max() if raw.max() > 255 else raw.min()} is outside 0..255; "
+                             f"save a class number per pixel")
         raw = raw.astype(np.uint8)
     label = mapping[raw]
     refused = label == REFUSED
@@ -414,38 +421,54 @@ def augment(image: Image.Image, label: np.ndarray, crop: int, rng: np.random.Gen
         piece = jitter(piece, rng) if colours else piece
     if rng.random() < 0.5:
         piece, target = ImageOps.mirror(piece), ImageOps.mirror(target)
-    padding = (0, crop - w, 0, crop - h)
-    return (torch.nn.functional.pad(normalise(np.array(piece)), padding),  # (3, crop, crop)
-            torch.nn.functional.pad(torch.from_numpy(np.array(target)).long(), padding, value=IGNORE))  # (crop, crop)
+    pixels, target = normalise(np.array(piece)), torch.from_numpy(np.array(target)).long()  # (3, h, w), (h, w)
+    if (w, h) != (crop, crop):
+        padding = (0, crop - w, 0, crop - h)
+        pixels, target = (torch.nn.functional.pad(pixels, padding),
+                          torch.nn.functional.pad(target, padding, value=IGNORE))
+    return pixels, target
 
 
 class TrainSet(TorchDataset):
     """Sec. 4.2's training samples. Item (epoch, index) -> (3, crop, crop) float32, (crop, crop) int64 of labels.
 
     Its randomness is drawn from (seed, epoch, index) alone, so workers, ranks and resumed runs agree on it.
-    Its labels are the data set's: for the inductive setting give it `seen_classes(dataset)`.
+    Its labels are the data set's: for the inductive setting give it `seen_classes(dataset)`. skipped: a file to which a
+    picture that cannot be read is added, a line each time, while the next one in the data set stands in for it; without
+    one it is an error.
     """
 
     def __init__(self, dataset: Dataset, crop: int, seed: int, scale: tuple[float, float] = (0.5, 2),
-                 colours: bool = True):
+                 colours: bool = True, skipped: Path | None = None):
         self.dataset, self.crop, self.seed, self.scale, self.colours = dataset, crop, seed, scale, colours
+        self.skipped = skipped
 
     def __len__(self) -> int:
         return len(self.dataset.pairs)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = item
-        image, label = read_pair(self.dataset, index)
         rng = np.random.default_rng((self.seed, epoch, index))
-        return augment(image, label, self.crop, rng, self.scale, self.colours)
+        for place in range(index, index + len(self)):
+            try:
+                image, label = read_pair(self.dataset, place % len(self))
+            except (ValueError, OSError) as error:
+                if self.skipped is None:
+                    raise
+                with open(self.skipped, "a", encoding="utf-8") as file:  # from any worker, process or earlier try
+                    file.write(f"{error}\n")
+            else:
+                return augment(image, label, self.crop, rng, self.scale, self.colours)
+        raise ValueError(f"{self.skipped}: lists every training picture; none can be read, see what is wrong with them")
 
 
-def leave_ctrl_c(worker: int) -> None:
-    """For DataLoader's worker_init_fn: Ctrl-C reaches every process of a terminal, but what to do of it is the training's.
+def leave_signals(worker: int) -> None:
+    """For DataLoader's worker_init_fn: Ctrl-C and torchrun's SIGTERM reach a whole process group, but what to do of them
+    is the training's affair, which needs its workers to finish the step that it is in. So a worker leaves the group.
 
-    SIGTERM stays PyTorch's own affair in a worker: it is how a worker is ended when its loader goes.
+    A SIGTERM to the worker alone, from its loader, ends it as ever, and it ends by itself when the training is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()
 
 
 class GlobalBatches(Sampler):
@@ -571,8 +594,8 @@ def main() -> int:
         problems = check(args.dataset, args.data_root)
         print("\n".join(problems) or "nothing wrong")
         return 2 if problems else 0
-    if args.crop_size < 16:
-        raise ValueError(f"--crop-size {args.crop_size}: too small; choose 16 or more")
+    if not 16 <= args.crop_size <= 4096:
+        raise ValueError(f"--crop-size {args.crop_size}: must be from 16 to 4096")
     dataset = open_dataset(args.dataset, args.data_root, args.split)
     draw.save(contact_sheet(dataset, args.crop_size), args.out)
     print(f"{len(dataset.pairs):,} images, {len(dataset.class_names)} classes of which {len(dataset.unseen)} unseen"
@@ -584,5 +607,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +21,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import data
 import draw
+import toy
 from model import CLIPRC, encode_names, model_from_checkpoint, read_checkpoint
 from rlb_attention import Encoder
 
@@ -166,7 +168,7 @@ def evaluate(model: CLIPRC, dataset: data.Dataset, text: Tensor, crop: int, stri
     # Images are dealt out in blocks, and only those of a block share batches of windows: so the batches, and every last
     # digit of the scores, are the same however many processes there are.
     mine = [i for i in range(len(samples)) if i // IMAGES_IN_BLOCK % world == rank]
-    loader = DataLoader(Subset(samples, mine), batch_size=None, num_workers=workers, worker_init_fn=data.leave_ctrl_c)
+    loader = DataLoader(Subset(samples, mine), batch_size=None, num_workers=workers, worker_init_fn=data.leave_signals)
     under_way = []  # (label, index) of the images whose windows are still being computed
 
     def images() -> Iterator[Tensor]:
@@ -211,13 +213,19 @@ def paper_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def class_table(confusion: Tensor, names: Sequence[str], unseen: Sequence[int]) -> str:
-    """Each class's IoU and accuracy in percent and its share of the labelled pixels; unseen classes marked with *."""
+def class_table(confusion: Tensor, names: Sequence[str], unseen: Sequence[int], new: Sequence[int] = ()) -> str:
+    """Each class's IoU and accuracy in percent and its share of the labelled pixels; unseen classes marked with *.
+
+    new: those of the unseen that have a look which no training mask shows in any class, marked with **.
+    """
     labelled = confusion.sum(1).double()
     lines = [f"{'class (* unseen)':<28}{'IoU':>8}{'Acc':>8}{'pixels':>9}"]
     for i, (name, iou, acc) in enumerate(zip(names, class_iou(confusion), confusion.diagonal() / labelled)):
         IoU, Acc = ("-" if value.isnan() else f"{100 * value:.1f}" for value in (iou, acc))
-        lines.append(f"{('* ' if i in unseen else '  ') + name:<28}{IoU:>8}{Acc:>8}{labelled[i] / labelled.sum():>9.1%}")
+        mark = "**" if i in new else "* " if i in unseen else "  "
+        lines.append(f"{mark + name:<28}{IoU:>8}{Acc:>8}{labelled[i] / labelled.sum():>9.1%}")
+    if new:
+        lines.append("** unseen, and of a colour or pattern that no training mask shows in any class")
     return "\n".join(lines)
 
 
@@ -295,8 +303,33 @@ def start_processes(device: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(rendezvous("env://"))
+        # Started anew by torchrun --max-restarts, the processes would look for each other where the dead ones were: the
+        # store keeps the old addresses in PyTorch 2.13. Several machines count their restarts apart, so for them this
+        # does not help; torchrun itself may there be given TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return device
+
+
+def run_script(main: Callable[[], None], interrupted: str = "stopped") -> None:
+    """Runs a script's `main`: input that cannot be used ends it with one line on stderr and exit code 2, no traceback.
+
+    Of several processes only the one that found the fault names it; those that lose it thereby end with code 1.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
+    except (ValueError, OSError, RuntimeError) as error:
+        # from a worker of a DataLoader comes its whole traceback, which ends in a line that says the type first
+        line = str(error).strip().split("\n")[-1].removeprefix(f"{type(error).__name__}: ")
+        if isinstance(error, (ValueError, OSError)):
+            sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in line):
+            raise
+        sys.exit(f"process {dist.get_rank()} stopped: another one has ended or cannot be reached ({line})")
 
 
 def main() -> None:
@@ -332,23 +365,24 @@ def main() -> None:
     if same_names:
         dataset = replace(dataset, unseen=tuple(checkpoint["unseen"]))  # the split that it was trained with
     crop = run.get("crop_size", 512) if args.crop_size is None else args.crop_size
-    stride = max(1, crop * 426 // 512) if args.stride is None else args.stride
-    if crop < 1:
-        raise ValueError(f"--crop-size {crop}: must be at least 1")
     if args.lower is not None and not 0 <= args.lower <= 1:
         raise ValueError(f"--lower {args.lower}: must be from 0 to 1")
-    if args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: must be at least 0")
+    if not 0 <= args.workers <= 256:
+        raise ValueError(f"--workers {args.workers}: must be from 0 to 256")
     if args.unseen_names == "permuted" and len(dataset.unseen) < 2:
         raise ValueError("--unseen-names permuted: there must be two unseen classes at least to give each other's names")
     if args.save and os.path.lexists(args.save):
         raise ValueError(f"--save {args.save}: exists already; name a new folder")
-    if not 0 < stride <= crop:
-        raise ValueError(f"--stride {stride}: must be at least 1 and at most the window's side, {crop}")
 
     device = start_processes(args.device)
     rank = dist.get_rank() if dist.is_initialized() else 0
     model = model_from_checkpoint(checkpoint, args.checkpoint, args.clip).to(device)
+    unit = model.encoder.visual.conv1.kernel_size[0] * max(1, model.encoder.region_grid)
+    if not 0 < crop <= 2048 or crop % unit:
+        raise ValueError(f"--crop-size {crop}: {args.checkpoint} needs a multiple of {unit} pixels, 2048 at most")
+    stride = max(1, crop * 426 // 512) if args.stride is None else args.stride
+    if not 0 < stride <= crop:
+        raise ValueError(f"--stride {stride}: must be at least 1 and at most the window's side, {crop}")
     if same_names:
         text = checkpoint["text"]
     else:
@@ -371,7 +405,8 @@ def main() -> None:
                          args.precision or run.get("precision", "float32"), args.save)
     if rank == 0:
         metrics = zero_shot_metrics(confusion, dataset.unseen)
-        print(class_table(confusion, dataset.class_names, dataset.unseen))
+        print(class_table(confusion, dataset.class_names, dataset.unseen,
+                          toy.new_attributes(dataset.class_names, dataset.unseen) if name == "toy" else ()))
         print(f"\n{name} {args.split}, {len(dataset.pairs):,} images, seen classes lowered by {lower:g}"
               + (f"; unseen names {args.unseen_names}" if args.unseen_names != "own" else "")
               + (f"; {dataset.note}" if dataset.note else ""))
@@ -382,7 +417,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr) or 2)
+    run_script(main)

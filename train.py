@@ -7,7 +7,7 @@
 Every flag has a default that depends on the data set and the setting: `python train.py --help` lists them. A run writes
 to --out: log.jsonl (a line per logged step), last.pt (its newest state), half.pt (from the middle of an inductive run,
 where a transductive one starts), loss.png. Stop it as you like; the same command with --resume goes on where last.pt is,
-and ends with the very weights that it would have had.
+and ends with the very weights that it would have had (torchrun --max-restarts=3 ... --resume does so by itself).
 """
 
 import argparse
@@ -21,25 +21,28 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-import data
-import draw
-import toy
-from eval import (LOWER, UntrainedClip, autocast, class_table, evaluate, paper_table, result_pictures, start_processes,
-                  zero_shot_metrics)
-from model import (CLIPRC, clip_file, encode_text, file_sha256, load_clip, present_pairs, pseudo_labels, read_checkpoint,
-                   save_checkpoint)
-
 
 def flag(default, help: str, **more):
     """A field of `Settings`: its default, what --help says of it, and what argparse wants besides."""
     return field(default=default, metadata={"help": help, **more})
+
+
+# Sec. 4.2 and the released configurations; Context is not in the release: K as in ZegCLIP's line of work, the rest as VOC.
+PAPER = {"crop_size": 512, "scale_min": 0.5, "scale_max": 2.0, "jitter": True, "lr": 2e-4, "regions": 16, "dropout": 0.1,
+         "initialiser": "released"}
+PRESETS = {
+    "voc": PAPER | {"prompts": 10, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
+    "context": PAPER | {"prompts": 35, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
+    "coco-stuff": PAPER | {"prompts": 100, "w_mask": 200.0, "w_dice": 3.0, "w_rec": 50.0, "iterations": 80_000},
+}
+PRESETS["context59"] = PRESETS["folder"] = PRESETS["context"]
+# The small world's classes are colours and fine patterns: another hue or another scale would be another class. It has
+# scenes enough not to overfit, and dropout would be a third of a CPU's step.
+PRESETS["toy"] = {"crop_size": 64, "scale_min": 1.0, "scale_max": 1.0, "jitter": False, "lr": 1e-3, "regions": 4,
+                  "prompts": 4, "dropout": 0.0, "initialiser": "truncated_normal", "w_mask": 100.0, "w_dice": 1.0,
+                  "w_rec": 2.0, "iterations": 800}
+SUPERVISED = {name: {"w_rec": 0.0} for name in ("voc", "context", "context59", "folder")}
+SUPERVISED["coco-stuff"] = {"w_mask": 100.0, "w_dice": 1.5, "w_rec": 1.0}
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Settings:
     """Sec. 4.2: everything that defines a run. None: the data set's and setting's own value (PRESETS)."""
 
     # what to train on
-    dataset: str = flag("toy", "the data set", choices=data.DATASETS)
+    dataset: str = flag("toy", "the data set", choices=tuple(PRESETS))
     data_root: str | None = flag(None, "its folder (toy: drawn on first use)")
     clip: str | None = flag(None, "CLIP's file or published name (ViT-B/16; toy: the one that ships with this code)")
     setting: str = flag("inductive", "inductive: unseen classes have neither mask nor name in training; transductive: "
@@ -69,7 +72,7 @@ class Settings:
     recovery_loss: str = flag("l1", "its distance (Table 8)", choices=("l1", "l2", "kd"))
     initialiser: str | None = flag(None, "the decoder's start: the released code's, or the initialiser that it defines and "
                                          "never calls", choices=("released", "truncated_normal"))
-    dropout: float = flag(0.1, "on prompts, attention weights and the decoder's layers")
+    dropout: float | None = flag(None, "on prompts, attention weights and the decoder's layers")
     # the optimisation
     iterations: int | None = flag(None, "steps of the optimiser")
     batch_size: int = flag(16, "images a step, over all processes")
@@ -87,7 +90,12 @@ class Settings:
     # the machine
     device: str = flag("auto", "auto, cpu or cuda")
     precision: str = flag("float32", "of the large products", choices=("float32", "bfloat16"))
+    recompute: bool | None = flag(None, "compute the decoder's layers twice instead of keeping what they computed: a fraction "
+                                        "of the memory (from 256 regions on)")
+    compile: bool = flag(False, "translate the model with torch.compile: minutes once, quicker steps on a GPU")
     workers: int | None = flag(None, "processes that prepare pictures, for each training process (up to 8; toy: 0)")
+    skip_bad: bool = flag(False, "do without training pictures that cannot be read or do not fit their masks: others stand in "
+                                 "for them, OUT/skipped.txt names them; without this flag the first one ends the run")
     # what to note, and when
     log_every: int = flag(10, "steps between lines of log.jsonl")
     val_every: int | None = flag(None, "steps between evaluations (a fifth of the run)")
@@ -95,22 +103,6 @@ class Settings:
     resume: bool = flag(False, "go on from OUT/last.pt if there is one")
     ablate: int = flag(0, "instead of one run all those of Tables 5-8, with so many seeds each (3 where no number is given), "
                           "and a table beside the paper's", nargs="?", const=3)
-
-
-# Sec. 4.2 and the released configurations; Context is not in the release: K as in ZegCLIP's line of work, the rest as VOC.
-PAPER = {"crop_size": 512, "scale_min": 0.5, "scale_max": 2.0, "jitter": True, "lr": 2e-4, "regions": 16, "initialiser": "released"}
-PRESETS = {
-    "voc": PAPER | {"prompts": 10, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
-    "context": PAPER | {"prompts": 35, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0, "iterations": 40_000},
-    "coco-stuff": PAPER | {"prompts": 100, "w_mask": 200.0, "w_dice": 3.0, "w_rec": 50.0, "iterations": 80_000},
-}
-PRESETS["context59"] = PRESETS["folder"] = PRESETS["context"]
-# The small world's classes are colours and fine patterns: another hue or another scale would be another class.
-PRESETS["toy"] = {"crop_size": 64, "scale_min": 1.0, "scale_max": 1.0, "jitter": False, "lr": 1e-3, "regions": 4,
-                  "prompts": 4, "initialiser": "truncated_normal", "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0,
-                  "iterations": 900}
-SUPERVISED = {name: {"w_rec": 0.0} for name in ("voc", "context", "context59", "folder")}
-SUPERVISED["coco-stuff"] = {"w_mask": 100.0, "w_dice": 1.5, "w_rec": 1.0}
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
@@ -155,6 +147,10 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
                  "weight_decay", "ablate"):
         if not 0 <= getattr(s, name) < 2**63:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be a number from 0 on")
+    for name, most in {"prompts": 10_000, "regions": 10_000, "recovery_layers": 100, "workers": 256, "crop_size": 4096,
+                       "batch_size": 100_000}.items():
+        if getattr(s, name) > most:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at most {most}")
     if not 0 < s.lr < 1 or not 0 <= s.dropout < 1:
         raise ValueError("--lr must be above 0 and --dropout at least 0, both below 1")
     if not 0.01 <= s.scale_min <= s.scale_max <= 100:
@@ -162,6 +158,25 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     if s.data_root is None and s.dataset != "toy":
         raise ValueError(f"--data-root: where is {s.dataset}? Give its folder")
     return s
+
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse_settings()  # it prints and leaves; what follows takes PyTorch two seconds
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import draw
+import toy
+from eval import (LOWER, UntrainedClip, autocast, class_table, evaluate, paper_table, result_pictures, run_script,
+                  start_processes, zero_shot_metrics)
+from model import (CLIPRC, clip_file, compile_parts, encode_text, file_sha256, load_clip, present_pairs, pseudo_labels, read_checkpoint,
+                   save_checkpoint)
 
 
 def learning_rate(step: int, s: Settings) -> float:
@@ -219,6 +234,8 @@ def load_trained(model: CLIPRC, checkpoint: dict, path: str | Path, clip_sha256:
     for name in trained | (weights.keys() & state.keys()):
         if name not in weights or weights[name].shape != state[name].shape:
             raise ValueError(f"{path} holds another model's weights: {name} is not there or of another shape")
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite numbers; start from an earlier checkpoint")
         if name not in trained and not torch.allclose(weights[name], state[name].cpu(), atol=1e-3):
             raise ValueError(f"{path} was trained on another CLIP than --clip names: {name} differs")
     model.load_state_dict({name: weights[name] for name in trained}, strict=False)
@@ -240,9 +257,10 @@ def claim_folder(s: Settings) -> dict | None:
     checkpoint = None
     if s.resume and (out / "last.pt").exists():
         checkpoint = read_checkpoint(out / "last.pt")
-        if "run" not in checkpoint or "optimizer" not in checkpoint:
+        if not {"run", "optimizer", "step", "class_names", "unseen", "templates"} <= checkpoint.keys():
             raise ValueError(f"--resume: {out}/last.pt is no checkpoint of train.py; start from it with --init instead")
-        free = {"out", "resume", "ablate", "device", "workers", "log_every", "val_every", "save_every", "data_root", "clip"}
+        free = {"out", "resume", "ablate", "device", "workers", "recompute", "skip_bad", "log_every", "val_every", "save_every",
+                "data_root", "clip"}
         for name, now in asdict(s).items():
             then = checkpoint["run"].get(name, now)
             if now != then and name not in free:
@@ -289,12 +307,15 @@ def train(s: Settings) -> dict | None:
     torch.manual_seed(s.seed)
     model = CLIPRC(clip_model.visual, num_prompts=s.prompts, regions=s.regions, update_regions=s.update_regions, ram=s.ram,
                    align=s.align, rdl=s.rdl and s.w_rec > 0, recovery_layers=s.recovery_layers,
-                   recovery_loss=s.recovery_loss, initialiser=s.initialiser, dropout=s.dropout).to(device)
+                   recovery_loss=s.recovery_loss, initialiser=s.initialiser, dropout=s.dropout,
+                   recompute=s.recompute).to(device)
     patch_size = clip_model.visual.conv1.kernel_size[0]
     cells = s.crop_size / patch_size / max(1, model.encoder.region_grid)
     if s.crop_size % patch_size or cells != int(cells):
         raise ValueError(f"--crop-size {s.crop_size} and --regions {s.regions}: {s.crop_size / patch_size:g} patches of "
                          f"{patch_size} pixels a side cannot be shared by {model.encoder.region_grid} regions a side")
+    if s.compile:
+        compile_parts(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay)
     lower, stride = LOWER if s.setting == "inductive" else 0.0, s.crop_size * 426 // 512
@@ -317,8 +338,11 @@ def train(s: Settings) -> dict | None:
                 raise ValueError(f"--data-root {s.data_root}: its {what.replace('_', ' ')} are not those that {out}/last.pt "
                                  f"was trained with")
         load_trained(model, checkpoint, out / "last.pt", clip_sha256)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            start = int(checkpoint["step"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{out}/last.pt: its optimiser's state or step makes no sense; start from it with --init") from None
     if world > 1:
         starts = torch.tensor([start, -start], device=device)
         dist.all_reduce(starts, dist.ReduceOp.MAX)
@@ -354,16 +378,20 @@ def train(s: Settings) -> dict | None:
             signal.signal(name, (lambda *_: stop_asked.append(True)) if on else handler)
 
     # the loop
-    samples = data.TrainSet(train_data, s.crop_size, s.seed, (s.scale_min, s.scale_max), s.jitter)
+    skipped = out / "skipped.txt"
+    samples = data.TrainSet(train_data, s.crop_size, s.seed, (s.scale_min, s.scale_max), s.jitter,
+                            skipped if s.skip_bad else None)
     batches = data.GlobalBatches(len(samples), s.batch_size, s.iterations, s.seed, rank, world, start)
     loader = DataLoader(samples, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda",
-                        worker_init_fn=data.leave_ctrl_c)
+                        worker_init_fn=data.leave_signals)
     bar = tqdm(total=s.iterations, initial=start, desc="training", disable=True if rank else None)
     model.train()
     confusion, stopping = None, False
     listen(True)
-    clock, clocked = time.perf_counter(), start
+    clock = asked = time.perf_counter()
+    clocked, waited, training, waiting = start, 0.0, 0.0, 0.0  # seconds: for pictures since `clock`; the run's in all
     for step, (images, labels) in enumerate(loader, start=start):
+        waited += time.perf_counter() - asked
         # Dropout's numbers depend on seed, step and process alone, so a resumed run draws what it would have drawn.
         torch.manual_seed(int(np.random.SeedSequence((s.seed, step, rank)).generate_state(1)[0]))
         for group in optimizer.param_groups:
@@ -392,10 +420,13 @@ def train(s: Settings) -> dict | None:
                 raise ValueError(f"step {done}: the loss is {total}; what {out}/last.pt holds is from an earlier step. Lower --lr, or "
                                  f"look at the pictures with data.py --check")
             if rank == 0:
-                seconds = (time.perf_counter() - clock) / (done - clocked)
-                note({"step": done, "loss": total, **values, "lr": learning_rate(step, s), "seconds_per_step": round(seconds, 4)})
+                seconds, steps = time.perf_counter() - clock, done - clocked
+                training, waiting = training + seconds, waiting + waited
+                note({"step": done, "loss": total, **values, "lr": learning_rate(step, s),
+                      "seconds_per_step": round(seconds / steps, 4), "wait_per_step": round(waited / steps, 4)}
+                     | ({"skipped": len(read_lines(skipped))} if s.skip_bad else {}))
                 bar.set_postfix(loss=f"{total:.3f}")
-            clock, clocked = time.perf_counter(), done
+            clock, clocked, waited = time.perf_counter(), done, 0.0
         if rank == 0 and halfway:  # before last.pt: a run that goes on from there does not come by here again
             save("half.pt", done)
         if rank == 0 and saving:
@@ -412,8 +443,13 @@ def train(s: Settings) -> dict | None:
                           f"mIoU(S) {metrics['mIoU_S']:.1f}  mIoU(U) {metrics['mIoU_U']:.1f}")
             listen(True)
             clock = time.perf_counter()
+        asked = time.perf_counter()
     listen(False)
     bar.close()
+    if rank == 0 and waiting > 0.1 * training:
+        print(f"the loop waited {waiting / training:.0%} of its time for pictures; more --workers would help")
+    if rank == 0 and s.skip_bad and (bad := read_lines(skipped)):
+        print(f"{len(bad):,} training pictures were skipped, {skipped} names them:\n  " + "\n  ".join(bad[:5]))
 
     # what came out
     metrics = None
@@ -436,7 +472,7 @@ def train(s: Settings) -> dict | None:
             for name, picture in result_pictures(model.eval(), untrained, val_data, text, s.crop_size, stride, lower, seen).items():
                 draw.save(picture, out / name)
             note({"step": s.iterations, "result": numbers(metrics)})
-            print(class_table(confusion, names, unseen) + "\n")
+            print(class_table(confusion, names, unseen, toy.new_attributes(names, unseen) if s.dataset == "toy" else ()) + "\n")
             print(paper_table(rows))
             print(f"\nin {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
     return metrics
@@ -454,12 +490,21 @@ def any_process(flag: bool, device: torch.device) -> bool:
 def read_log(path: Path) -> list[dict]:
     """The lines of log.jsonl; a last line that a kill cut short is left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(line))
+            lines.append(json.loads(line.decode()))
         except json.JSONDecodeError:
             break
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not UTF-8, so no log of a run; move it away") from None
+        if not isinstance(lines[-1], dict) or not isinstance(lines[-1].get("step"), int):
+            raise ValueError(f"{path}: a line is none of a run's log; move the file away")
     return lines
+
+
+def read_lines(path: Path) -> list[str]:
+    """The different lines of a file, in their order; none where there is no file."""
+    return list(dict.fromkeys(path.read_text("utf-8").splitlines())) if path.exists() else []
 
 
 def write_text(path: Path, text: str) -> None:
@@ -546,9 +591,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr) or 2)
+    run_script(main, "stopped; the same command with --resume goes on from the last checkpoint")

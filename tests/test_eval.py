@@ -100,3 +100,5 @@ def test_a_mean_over_no_class_is_nan_and_printed_as_a_dash():
 def test_class_table_marks_unseen_classes():
     table = class_table(torch.tensor([[3, 1], [0, 0]]), ["cat", "sofa"], unseen=[1]).splitlines()
     assert table[1].split() == ["cat", "75.0", "75.0", "100.0%"] and table[2].split() == ["*", "sofa", "0.0", "-", "0.0%"]
+    marked = class_table(torch.eye(3), ["red mat", "blue mat", "green rug"], unseen=[1, 2], new=[2]).splitlines()
+    assert [line[:2] for line in marked[1:]] == ["  ", "* ", "**", "**"] and "no training mask" in marked[-1]
