@@ -20,7 +20,6 @@ import pickle
 import sys
 import types
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlb_attention import Encoder
 
@@ -89,9 +89,12 @@ def clip_file(name_or_path: str | Path) -> Path:
 
 def torch_load(path: str | Path):
     """A file of tensors and plain values, on the CPU. Nothing in a file is ever run: what would need that raises."""
-    with warnings.catch_warnings():  # of odd pickles: the error that follows says enough
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file, warnings.catch_warnings():  # of odd pickles: the error that follows says enough
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files make PyTorch raise a dozen kinds
+            raise pickle.UnpicklingError(f"{path} is no file of tensors") from error
 
 
 def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
@@ -103,7 +106,8 @@ def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
     """
     path = clip_file(name_or_path)
     try:
-        if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        # As published it is a TorchScript archive. Reading one can run what is in it, so it is done for OpenAI's own only.
+        if file_sha256(path) in {sha256 for sha256, _ in CLIP_FILES.values()}:
             with warnings.catch_warnings():  # PyTorch would rather see newer archives; these are the published ones
                 warnings.simplefilter("ignore", DeprecationWarning)
                 state = torch.jit.load(path, map_location="cpu").state_dict()
@@ -111,8 +115,10 @@ def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
             state = torch_load(path)
         state = {name: tensor.float() for name, tensor in state.items()
                  if name not in ("input_resolution", "context_length", "vocab_size")}  # numbers that the shapes tell too
-    except (RuntimeError, pickle.UnpicklingError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a CLIP file: neither a TorchScript archive nor a state dict of tensors") from error
+    except PermissionError:
+        raise
+    except Exception as error:  # damaged files make zipfile and PyTorch raise a dozen kinds
+        raise ValueError(f"{path} is not a CLIP file: neither one that OpenAI published nor a state dict of tensors") from error
     if "visual.layer1.0.conv1.weight" in state:
         raise ValueError(f"{path} is a CLIP with a ResNet; CLIP-RC needs one of the transformers, such as ViT-B/16")
     try:
@@ -160,7 +166,7 @@ def encode_text(clip_model: clip.model.CLIP, class_names: Sequence[str], templat
 
     templates: sentences with one {} for the name. Returns (C, D), float32, rows of unit length.
     """
-    texts = [template.format(name) for name in class_names for template in templates]
+    texts = [template.replace("{}", name) for name in class_names for template in templates]
     device = clip_model.token_embedding.weight.device
     tokens = tokenize(texts, clip_model.context_length).to(device)
     embeddings = torch.cat([F.normalize(clip_model.encode_text(part), dim=-1) for part in tokens.split(256)])
@@ -255,27 +261,35 @@ class CrossBlock(nn.Module):
 
 
 class TwoWayDecoder(nn.Module):
-    """Eq. 7, Fig. 3 (c): layers of two branches, each reading what the other had before the layer."""
+    """Eq. 7, Fig. 3 (c): layers of two branches, each reading what the other had before the layer.
 
-    def __init__(self, dim: int, layers: int, dropout: float) -> None:
+    recompute: keep only the layers' inputs for the backward pass and compute the rest again there. With M C descriptors
+    it is the decoder, not CLIP, that fills the memory: this is what lets 1,024 region tokens fit.
+    """
+
+    def __init__(self, dim: int, layers: int, dropout: float, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.q_blocks = nn.ModuleList(CrossBlock(dim, dropout) for _ in range(layers))
         self.v_blocks = nn.ModuleList(CrossBlock(dim, dropout) for _ in range(layers))
 
     def forward(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q: descriptors (B, M C, D), v: patches (B, N, D). Returns both, of the same shapes."""
         for q_block, v_block in zip(self.q_blocks, self.v_blocks):
-            q, v = q_block(q, v), v_block(v, q)
+            if self.recompute and torch.is_grad_enabled():  # with the same dropout: its random state is kept too
+                q, v = checkpoint(q_block, q, v, use_reentrant=False), checkpoint(v_block, v, q, use_reentrant=False)
+            else:
+                q, v = q_block(q, v), v_block(v, q)
         return q, v
 
 
 class RecoveryDecoder(nn.Module):
     """Eq. 9: from the decoder's q and v back to the descriptors R̂ and the patches I. Used in training only."""
 
-    def __init__(self, dim: int, layers: int, dropout: float) -> None:
+    def __init__(self, dim: int, layers: int, dropout: float, recompute: bool = False) -> None:
         super().__init__()
         self.q_in, self.v_in = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.decoder = TwoWayDecoder(dim, layers, dropout)
+        self.decoder = TwoWayDecoder(dim, layers, dropout, recompute)
         self.q_out, self.v_out = nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
     def forward(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,14 +320,15 @@ class CLIPRC(nn.Module):
     or "kd" (Table 8).
     initialiser: the decoder's start: "released" is PyTorch's default, the layers of a branch copies of each other, which is
     what trained the paper's models; "truncated_normal" is the initialiser that the released code defines, never called.
-    dropout: everywhere. class_embedding_twice: see `rlb_attention.Encoder`.
+    dropout: everywhere. class_embedding_twice: see `rlb_attention.Encoder`. recompute: see `TwoWayDecoder`; None:
+    from 256 regions on. It changes what a training step costs, not what it computes.
     Raises ValueError for settings that do not go together.
     """
 
     def __init__(self, visual: nn.Module, *, num_prompts: int = 10, regions: int = 16, update_regions: bool = False,
                  ram: bool = True, align: str = "GR", rdl: bool = True, recovery_layers: int = 1,
                  recovery_loss: str = "l1", initialiser: str = "released", dropout: float = 0.1,
-                 class_embedding_twice: bool = True) -> None:
+                 class_embedding_twice: bool = True, recompute: bool | None = None) -> None:
         super().__init__()
         self.settings = {"num_prompts": num_prompts, "regions": regions, "update_regions": update_regions, "ram": ram,
                          "align": align, "rdl": rdl, "recovery_layers": recovery_layers, "recovery_loss": recovery_loss,
@@ -329,10 +344,11 @@ class CLIPRC(nn.Module):
         dim = visual.proj.shape[1]  # D
         if dim % DECODER_HEADS:
             raise ValueError(f"the CLIP's joint space has {dim} dimensions, which {DECODER_HEADS} heads do not divide")
+        recompute = regions >= 256 if recompute is None else recompute
         self.encoder = Encoder(visual, num_prompts, regions, update_regions, dropout, class_embedding_twice)
         if ram:
             self.ram = RegionAlignment(dim, align)
-            self.decoder = TwoWayDecoder(dim, DECODER_LAYERS, dropout)
+            self.decoder = TwoWayDecoder(dim, DECODER_LAYERS, dropout, recompute)
         else:
             self.descriptor_proj = nn.Linear(2 * dim, dim)
             self.decoder = nn.ModuleList(CrossBlock(dim, dropout) for _ in range(DECODER_LAYERS))
@@ -348,7 +364,7 @@ class CLIPRC(nn.Module):
                 nn.init.zeros_(block.ffn[3].weight)
         self.rdl, self.recovery_loss = rdl, recovery_loss
         if rdl and recovery_layers:
-            self.recovery = RecoveryDecoder(dim, recovery_layers, dropout)
+            self.recovery = RecoveryDecoder(dim, recovery_layers, dropout, recompute)
             truncated_normal(self.recovery)  # whichever way the rest starts
         else:
             self.recovery = None
@@ -416,6 +432,18 @@ class CLIPRC(nn.Module):
         q_r, v_r = self.recovery(q_d, v_d)
         R_hat = torch.cat([R_t.detach(), T.repeat(R_t.shape[1] // len(T), 1).expand(len(R_t), -1, -1)], dim=-1)  # (B, M C, 2 D)
         return {"recovery_q": distance(q_r, R_hat), "recovery_v": distance(v_r, I.detach())}
+
+
+def compile_parts(network: CLIPRC) -> None:
+    """Has torch.compile translate the encoder and the decoders when they first run: minutes once, then quicker steps.
+
+    On a GPU the encoder's attention then skips the blocks of the mask that nobody attends to (Fig. 5).
+    """
+    network.encoder.block_sparse = next(network.parameters()).device.type == "cuda"
+    network.encoder.layers = torch.compile(network.encoder.layers)
+    for part in (network.decoder, getattr(network.recovery, "decoder", None)):
+        if part is not None:
+            part.compile()
 
 
 # ------------------------------------------------------------------------------------------------------ losses
@@ -525,10 +553,18 @@ def read_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint; train.py and convert.py write them")
     try:
         checkpoint = torch_load(path)
-        if not isinstance(checkpoint, dict) or checkpoint["format"] != "clip-rc 1" or not all(
-                torch.is_tensor(tensor) for tensor in checkpoint["weights"].values()):
+        weights, run, names = checkpoint["weights"], checkpoint.get("run", {}), checkpoint.get("class_names", [])
+        D = next(len(tensor) for name, tensor in weights.items() if name.endswith("descriptor_proj.bias"))
+        text = checkpoint.get("text", torch.empty(0, D))
+        if not (checkpoint["format"] == "clip-rc 1" and isinstance(checkpoint["model"], dict)
+                and isinstance(checkpoint.get("clip", ""), str) and isinstance(checkpoint["clip_sha256"], str | None)
+                and all(map(torch.is_tensor, weights.values())) and all(isinstance(name, str) for name in names)
+                and text.shape == (len(names), D) and text.isfinite().all()
+                and set(checkpoint.get("unseen", [])) <= set(range(len(names)))
+                and all(isinstance(run.get(key, usual), type(usual)) for key, usual in
+                        {"crop_size": 512, "dataset": "", "data_root": "", "setting": "", "precision": ""}.items())):
             raise KeyError
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{path} is not a checkpoint of this code; train.py and convert.py write such files") from error
     return checkpoint
 
@@ -558,22 +594,22 @@ def model_from_checkpoint(checkpoint: dict, path: str | Path, clip_name_or_path:
     checkpoint holds the frozen weights too. Raises ValueError for another CLIP file and for weights that do not fit.
     """
     weights = checkpoint["weights"]
+    if checkpoint["clip_sha256"] is not None:
+        file = clip_file(clip_name_or_path or checkpoint.get("clip", "ViT-B/16"))
+        if file_sha256(file) != checkpoint["clip_sha256"]:
+            raise ValueError(f"{path} was trained on another CLIP file than {file} (their SHA-256 differ); give --clip")
+        visual = load_clip(file).visual
     try:
         if checkpoint["clip_sha256"] is None:
             prefix = "encoder.visual."
             visual = visual_from_state({name.removeprefix(prefix): tensor for name, tensor in weights.items()
                                         if name.startswith(prefix)})
-        else:
-            file = clip_file(clip_name_or_path or checkpoint["clip"])
-            if file_sha256(file) != checkpoint["clip_sha256"]:
-                raise ValueError(f"{path} was trained on another CLIP file than {file} (their SHA-256 differ); give --clip")
-            visual = load_clip(file).visual
         model = CLIPRC(visual, **checkpoint["model"])
         missing, unexpected = model.load_state_dict(weights, strict=False)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if unexpected or trained & set(missing):
             raise KeyError((unexpected or sorted(trained & set(missing)))[0])
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{path}: the checkpoint's weights are another model's than its settings say ({reason})") from error
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
@@ -619,8 +655,8 @@ def main() -> None:
     parser.add_argument("--crop-size", type=int, default=512, help="pixels along a side (default %(default)s)")
     parser.add_argument("--classes", type=int, default=20, help="C (default %(default)s)")
     args = parser.parse_args()
-    if args.crop_size < 1 or args.classes < 1:
-        raise ValueError("--crop-size and --classes must be at least 1")
+    if not 1 <= args.crop_size <= 8192 or not 1 <= args.classes <= 10_000 or args.regions > 10_000:
+        raise ValueError("--crop-size must be from 1 to 8192, --classes from 1 to 10,000, --regions at most 10,000")
     visual = load_clip(args.clip).visual if args.clip else None
     with torch.device("meta"):  # shapes without numbers
         visual = visual or clip.model.VisionTransformer(224, 16, 768, 12, 12, 512)
@@ -633,4 +669,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)

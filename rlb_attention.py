@@ -14,12 +14,13 @@ Symbols: B images, D_v the encoder's width, D the width of the space that images
 
 import argparse
 import math
-import os
 import sys
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 def may_attend(q: Tensor, k: Tensor, num_prompts: int, grid: tuple[int, int], region_grid: int) -> Tensor:
@@ -60,16 +61,31 @@ def region_mask(num_prompts: int, grid: int | tuple[int, int], region_grid: int)
     return may_attend(position[:, None], position[None, :], num_prompts, (h, w), region_grid)
 
 
-def masked_attention(x: Tensor, attention: nn.MultiheadAttention, mask: Tensor | None) -> Tensor:
+@lru_cache(maxsize=8)
+def attention_mask(num_prompts: int, grid: tuple[int, int], region_grid: int, device: torch.device,
+                   block_sparse: bool) -> Tensor | BlockMask:
+    """Fig. 5 (c) as the attention wants it: `region_mask` on a device, or the same as blocks of 128 x 128 entries, of
+    which `flex_attention` skips those that mask everything: with many regions, most."""
+    mask = region_mask(num_prompts, grid, region_grid)
+    if not block_sparse:
+        return mask.to(device)
+    return create_block_mask(lambda batch, head, q, k: may_attend(q, k, num_prompts, grid, region_grid), None, None,
+                             *mask.shape, device=device)
+
+
+def masked_attention(x: Tensor, attention: nn.MultiheadAttention, mask: Tensor | BlockMask | None) -> Tensor:
     """Eq. 2: softmax(Q K^T / sqrt(d) + Mask) V over several heads, with the weights of CLIP's own attention layer.
 
-    x: (B, E, D_v). mask: (E, E), True where a row's token may attend to a column's; None: no restriction.
-    Returns (B, E, D_v).
+    x: (B, E, D_v). mask: (E, E), True where a row's token may attend to a column's, or a BlockMask that says the same;
+    None: no restriction. Returns (B, E, D_v).
     """
     q, k, v = (F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (B, E, 3 D_v)
                .unflatten(-1, (3, attention.num_heads, -1))  # (B, E, 3, heads, d)
                .permute(2, 0, 3, 1, 4))  # (3, B, heads, E, d)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, E, d)
+    if isinstance(mask, BlockMask):
+        out = flex_attention(q, k, v, block_mask=mask)  # (B, heads, E, d)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, E, d)
     return attention.out_proj(out.transpose(1, 2).flatten(2))  # (B, E, D_v)
 
 
@@ -92,6 +108,7 @@ class Encoder(nn.Module):
             raise ValueError(f"regions: {regions} is not a square number; region tokens stand on an m x m grid")
         self.visual = visual.requires_grad_(False)
         self.class_embedding_twice = class_embedding_twice
+        self.block_sparse = False  # see `attention_mask`; `model.compile_parts` switches it on where it pays
         width, patch_size = visual.conv1.out_channels, visual.conv1.kernel_size[0]
 
         # Each region token starts as CLIP's own [CLS] input, so that CLIP treats a region as it would an image.
@@ -128,27 +145,31 @@ class Encoder(nn.Module):
         cls, regions = cls.expand(batch, 1, -1), self.regions.expand(batch, -1, -1)
         return visual.ln_pre(torch.cat([cls, patches, regions], dim=1))  # (B, 1 + N + M, D_v)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 1-3: the global, image and region features of a batch, each row of unit length.
-
-        images: (B, 3, H, W), normalised. Returns G (B, D), I (B, N, D), R (B, M, D).
-        Raises ValueError where the image does not split into patches, or the patches into regions.
-        """
-        batch, K, M = len(images), self.prompts.shape[1], len(self.regions)
-        patch_size = self.visual.conv1.kernel_size[0]
-        if any(size % patch_size or size < patch_size for size in images.shape[-2:]):
-            raise ValueError(f"crop-size: an image of {images.shape[-1]}x{images.shape[-2]} pixels is not a whole "
-                             f"number of this CLIP's {patch_size}-pixel patches")
-        grid = tuple(size // patch_size for size in images.shape[-2:])  # (h, w)
-        mask = region_mask(K, grid, self.region_grid).to(images.device) if M else None
-
-        x = self.embed(images)
+    def layers(self, x: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+        """Eq. 2: CLIP's L layers, each with prompts of its own. x: X^0 as `embed` makes it. Returns X^L (B, E, D_v)."""
+        batch, K = len(x), self.prompts.shape[1]
         x = torch.cat([x[:, :1], self.layer_prompts(0, batch), x[:, 1:]], dim=1)  # (B, E, D_v)
         for layer, block in enumerate(self.visual.transformer.resblocks):
             if layer > 0:  # deep prompts: what the last layer made of its prompts is thrown away
                 x = torch.cat([x[:, :1], self.layer_prompts(layer, batch), x[:, 1 + K:]], dim=1)
             x = x + masked_attention(block.ln_1(x), block.attn, mask)
             x = x + block.mlp(block.ln_2(x))
+        return x
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 1-3: the global, image and region features of a batch, each row of unit length.
+
+        images: (B, 3, H, W), normalised. Returns G (B, D), I (B, N, D), R (B, M, D).
+        Raises ValueError where the image does not split into patches, or the patches into regions.
+        """
+        K, M = self.prompts.shape[1], len(self.regions)
+        patch_size = self.visual.conv1.kernel_size[0]
+        if any(size % patch_size or size < patch_size for size in images.shape[-2:]):
+            raise ValueError(f"crop-size: an image of {images.shape[-1]}x{images.shape[-2]} pixels is not a whole "
+                             f"number of this CLIP's {patch_size}-pixel patches")
+        grid = tuple(size // patch_size for size in images.shape[-2:])  # (h, w)
+        mask = attention_mask(K, grid, self.region_grid, images.device, self.block_sparse) if M else None
+        x = self.layers(self.embed(images), mask)  # (B, E, D_v)
 
         first_region = x.shape[1] - M
         x = torch.cat([self.prompt_norm(x[:, :first_region]), x[:, first_region:]], dim=1)  # regions stay CLIP's own
@@ -205,10 +226,9 @@ def main() -> None:
         raise ValueError(f"--regions {args.regions}: {region_grid} regions a side do not divide --grid {args.grid}")
     if 1 + args.prompts + args.grid**2 + args.regions > 500:
         raise ValueError("--grid, --prompts, --regions: more than 500 tokens are no picture to look at; choose fewer")
-    picture = draw_mask(args.prompts, args.grid, region_grid)
-    partial = f"{args.out}.partial"
-    picture.save(partial, format="PNG")
-    os.replace(partial, args.out)
+    import draw  # only drawing needs it
+
+    draw.save(draw_mask(args.prompts, args.grid, region_grid), args.out)
     mask = region_mask(args.prompts, args.grid, region_grid)
     print(f"{args.out}: {len(mask)}x{len(mask)} mask, {mask.float().mean():.0%} of the entries attend")
 
@@ -217,4 +237,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)

@@ -8,7 +8,7 @@ The world is a floor with one to three rugs on it. A class is a pattern and a co
 segmentation needs two parties that know different things, and here, as in the paper, they are kept apart: the CLIP has
 read captions that name 24 kinds of rug, and never met a mask; the data set has 20 of them, and the segmentation sees
 the masks of 15 and never hears of the other five. Four of the five are new combinations of a pattern and a colour that
-other masks show; the fifth (NEW_ATTRIBUTE) is orange, a colour that no mask shows at all: only CLIP knows it.
+other masks show; the fifth is orange, a colour that no mask shows at all: only CLIP knows it.
 
 The drawing is integer arithmetic on integer random numbers: one seed gives the same pixels on every machine.
 """
@@ -42,8 +42,6 @@ CLASSES = tuple(rug for rug in RUGS if rug == ("checked", "orange") or rug[1] !=
 CLASS_NAMES = tuple(f"{pattern} {colour} rug" for pattern, colour in CLASSES)  # the data set's 20
 UNSEEN = tuple(map(CLASSES.index, (("checked", "red"), ("checked", "orange"), ("striped", "yellow"), ("plain", "green"),
                                    ("dotted", "blue"))))
-SEEN_ATTRIBUTES = {word for i, words in enumerate(CLASSES) if i not in UNSEEN for word in words}
-NEW_ATTRIBUTE = tuple(i for i in UNSEEN if not SEEN_ATTRIBUTES.issuperset(CLASSES[i]))  # no mask shows the colour
 TEMPLATE = "a photo of a {}"
 
 # Turns by an angle with whole-numbered sine and cosine, in 65ths: 0, ±14.3 and ±22.6 degrees. No rounding, anywhere.
@@ -58,6 +56,12 @@ SHIPPED_CLIP = Path(__file__).with_name("toy_clip.pt")
 def caption(rugs: Sequence[tuple[str, str]]) -> str:
     """What a web page would say of a scene: "a photo of a plain red rug and a dotted blue rug". No place, no shape."""
     return TEMPLATE.format(" and a ".join(f"{pattern} {colour} rug" for pattern, colour in rugs))
+
+
+def new_attributes(names: Sequence[str], unseen: Sequence[int]) -> list[int]:
+    """The unseen classes with a pattern or a colour that no seen class has: here, what only CLIP knows."""
+    shown = {word for i, name in enumerate(names) if i not in unseen for word in name.split()}
+    return [i for i in unseen if not shown.issuperset(names[i].split())]
 
 
 def one_to_three(rng: np.random.Generator, of: Sequence) -> list:
@@ -105,17 +109,17 @@ def draw_scene(rng: np.random.Generator, rugs: Sequence[tuple[str, str]]) -> tup
     return image.clip(0, 255).astype(np.uint8), label
 
 
-def draw_world(folder: str | Path, train: int = 600, val: int = 200, seed: int = 0) -> None:
+def draw_world(folder: str | Path, train: int = 1500, val: int = 200, seed: int = 0) -> None:
     """Sec. 4.1's VOC 2012, as this world has it: a folder that `data.open_dataset("toy", folder, ...)` reads.
 
     train, val: numbers of scenes. Pictures are PNG: JPEG's losses differ from one library to the next.
     Replaces a toy world that is there already. Raises ValueError where the folder holds anything else.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / MARKER).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = Path(os.path.realpath(folder))  # a link to a world stays one
+    if os.path.lexists(folder) and not (folder / MARKER).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder}: there already, and no toy world; name a new folder")
-    if min(train, val) < 1 or seed < 0:
-        raise ValueError("--train and --val must be at least 1, and --seed not negative")
+    if not 1 <= min(train, val) <= max(train, val) <= 100_000 or seed < 0:
+        raise ValueError("--train and --val must be from 1 to 100,000, and --seed not negative")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     lists = partial / "ImageSets" / "Segmentation"
     for part in (partial / "JPEGImages", partial / "SegmentationClass", lists):
@@ -141,7 +145,7 @@ def draw_world(folder: str | Path, train: int = 600, val: int = 200, seed: int =
     os.replace(partial, folder)
 
 
-def world_settings(train: int = 600, val: int = 200, seed: int = 0) -> str:
+def world_settings(train: int = 1500, val: int = 200, seed: int = 0) -> str:
     """What a drawn folder's marker file says: enough to tell whether drawing it again would change a pixel."""
     return f"{DRAWING}, train {train}, val {val}, seed {seed}\n"
 
@@ -191,8 +195,12 @@ def pretrain(out: str | Path, seed: int = 0, steps: int = 700, batch_size: int =
 
     Every scene is drawn for its one step, so there is nothing to overfit.
     """
-    if min(steps, batch_size) < 1 or seed < 0:
-        raise ValueError("--steps must be at least 1, and --seed not negative")
+    if min(steps, batch_size) < 1 or not 0 <= seed < 2**63:
+        raise ValueError("--steps must be at least 1, and --seed not negative and below 2^63")
+    partial = Path(f"{out}.partial")
+    if Path(out).is_dir():
+        raise ValueError(f"--out {out}: is a folder; name a file")
+    partial.touch()  # where nothing can be written this says so now, not after the training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # OpenAI's constructor asks the global generator
         clip_model = clip.model.CLIP(embed_dim=128, image_resolution=SIZE, vision_layers=3, vision_width=128,
@@ -225,7 +233,6 @@ def pretrain(out: str | Path, seed: int = 0, steps: int = 700, batch_size: int =
     clip_model.token_embedding.half()  # convert_weights leaves it in single precision; it is most of the file
     state = clip_model.state_dict() | {"input_resolution": torch.tensor(SIZE), "vocab_size": torch.tensor(49408),
                                        "context_length": torch.tensor(clip_model.context_length)}
-    partial = f"{out}.partial"
     torch.save(state, partial)
     os.replace(partial, out)
 
@@ -237,7 +244,7 @@ def main() -> None:
     draw = commands.add_parser("draw", help="draw the world as a PASCAL VOC folder",
                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     draw.add_argument("folder", help="where; a toy world that is there already is replaced, nothing else ever is")
-    draw.add_argument("--train", type=int, default=600, help="scenes to train on")
+    draw.add_argument("--train", type=int, default=1500, help="scenes to train on")
     draw.add_argument("--val", type=int, default=200, help="scenes to test on")
     draw.add_argument("--seed", type=int, default=0, help="fixes every pixel")
     train = commands.add_parser("pretrain", help="train the world's CLIP from pictures and captions",
@@ -264,4 +271,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_clip, openai_state
 
+import bench
 import convert
 import model
 from model import CLIPRC, RegionAlignment, encode_text, load_clip, segmentation_losses
@@ -139,21 +140,6 @@ def test_output_is_equation_8s_mean_over_the_regions_maps():
     torch.testing.assert_close(network(images, text), expected)
 
 
-def literal_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Focal and dice with one-hot targets, as the equations read."""
-    C = logits.shape[1]
-    t = torch.stack([(labels == c) for c in range(C)], dim=1).to(logits)
-    p = logits.sigmoid()
-    p_of_truth = p * t + (1 - p) * (1 - t)
-    weight = 0.25 * t + 0.75 * (1 - t)
-    focal = weight * (1 - p_of_truth) ** 2 * F.binary_cross_entropy_with_logits(logits, t, reduction="none")
-    p, t = p.flatten(2), t.flatten(2)
-    present = t.sum(-1) > 0
-    P = max(1, int(present.sum()))
-    dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
-    return focal.mean((2, 3)).sum() / P, dice[present].sum() / P
-
-
 @pytest.mark.parametrize("ignored", ["some", "one image", "all"])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
 def test_losses_without_one_hot_targets_are_the_equations(ignored, scale):
@@ -163,7 +149,7 @@ def test_losses_without_one_hot_targets_are_the_equations(ignored, scale):
     labels[torch.rand(3, 10, 12) < 0.2] = 255
     if ignored != "some":
         labels[1 if ignored == "one image" else slice(None)] = 255
-    expected = literal_losses(logits, labels)
+    expected = bench.losses_as_written(logits, labels)
     (expected_gradient,) = torch.autograd.grad(sum(expected), logits)
     ours = segmentation_losses(logits, labels)
     (gradient,) = torch.autograd.grad(sum(ours), logits)
@@ -192,6 +178,44 @@ def test_recovery_loss_compares_with_descriptors_and_patches(kind, layers):
             expected = (ours - target).abs().mean() if kind == "l1" else ((ours - target) ** 2).mean()
         loss = network.losses(images, torch.zeros(2, 64, 64).long(), text, (0, 0, 2.0))[name]
         assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-4)
+
+
+def losses_and_gradients(network: CLIPRC) -> list[torch.Tensor]:
+    """The losses of a fixed batch with fixed dropout, and the gradients of their sum."""
+    images, labels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.arange(2 * 64 * 64) // 999 % 5
+    text = F.normalize(torch.randn(5, 32, generator=torch.Generator().manual_seed(2)), dim=-1)
+    torch.manual_seed(3)
+    losses = network.losses(images, labels.view(2, 64, 64), text)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(sum(losses.values()), trained, allow_unused=True)
+    return [*losses.values(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_every_fast_form_is_the_equation_as_written_dropout_included(dropout):
+    network = make_network(dropout=dropout)
+    fast = losses_and_gradients(network)
+    with bench.as_written():
+        literal = losses_and_gradients(network)
+    for ours, expected in zip(fast, literal, strict=True):
+        assert (ours - expected).norm() <= 1e-5 * expected.norm() + 1e-7
+
+
+def test_recomputed_layers_give_the_same_gradients_dropout_included():
+    kept = losses_and_gradients(make_network(dropout=0.5, recompute=False))
+    recomputed = losses_and_gradients(make_network(dropout=0.5, recompute=True))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(recomputed, kept, strict=True))
+
+
+def test_recomputed_layers_keep_a_fraction_of_the_memory():
+    def kept(recompute: bool) -> int:
+        sizes = []
+        network = make_network(regions=16, recompute=recompute)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda t: t):
+            network.losses(torch.randn(1, 3, 128, 128), torch.zeros(1, 128, 128).long(), F.normalize(torch.randn(20, 32)))
+        return sum(sizes)
+    assert kept(True) < 0.5 * kept(False)
+    assert make_network(regions=16).decoder.recompute is False
 
 
 def test_recovery_targets_are_constants():
@@ -263,7 +287,7 @@ def test_settings_that_do_not_go_together_are_named(settings, culprit):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("form", ["plain half", "plain single", "archive half"])
-def test_clip_files_of_every_kind_give_the_same_clip(form, tmp_path):
+def test_clip_files_of_every_kind_give_the_same_clip(form, tmp_path, monkeypatch):
     original = make_clip()
     half = form.endswith("half")
     if half:
@@ -277,6 +301,9 @@ def test_clip_files_of_every_kind_give_the_same_clip(form, tmp_path):
         for name, parameter in traced.named_parameters():
             parameter.data = original.state_dict()[name].clone()
         torch.jit.save(traced, path)
+        with pytest.raises(ValueError, match="neither one that OpenAI published"):  # anyone else's could be a program
+            load_clip(path)
+        monkeypatch.setitem(model.CLIP_FILES, "small", (model.file_sha256(path), path.name))
     loaded = load_clip(path)
     assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {name: torch.float32 for name in expected}
     for name, tensor in loaded.state_dict().items():

@@ -85,6 +85,18 @@ def test_masked_attention_is_equation_2():
     torch.testing.assert_close(masked_attention(x, attention, mask), attention.out_proj(out.flatten(2)))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_by_blocks_is_attention_under_the_mask():
+    encoder = Encoder(make_clip().visual, num_prompts=3, regions=4).eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        dense = encoder(images)
+        encoder.block_sparse = True  # its gradient exists on GPUs only
+        by_blocks = encoder(images)
+    for ours, expected in zip(by_blocks, dense):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_region_token_sees_only_its_own_cell():
     # one layer: in two, what a patch read from its neighbours would reach the region through it
     encoder = Encoder(make_clip(layers=1).visual, num_prompts=3, regions=4).eval()
