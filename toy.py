@@ -8,7 +8,7 @@ The world is a floor with one to three rugs on it. A class is a pattern and a co
 segmentation needs two parties that know different things, and here, as in the paper, they are kept apart: the CLIP has
 read captions that name 24 kinds of rug, and never met a mask; the data set has 20 of them, and the segmentation sees
 the masks of 15 and never hears of the other five. Four of the five are new combinations of a pattern and a colour that
-other masks show; the fifth is orange, a colour that no mask shows at all: only CLIP knows it.
+other masks show; the fifth is purple, a colour that no mask shows at all: only CLIP knows it.
 
 The drawing is integer arithmetic on integer random numbers: one seed gives the same pixels on every machine.
 """
@@ -38,15 +38,15 @@ COLOURS = {"red": (200, 36, 40), "orange": (240, 128, 36), "yellow": (246, 214, 
            "blue": (40, 104, 210), "purple": (160, 84, 190)}
 DARK, CREAM = (40, 40, 44), (236, 228, 206)  # stripes and checks are dark one way, checks and dots cream the other
 RUGS = tuple((pattern, colour) for colour in COLOURS for pattern in PATTERNS)  # the 24 that the captions speak of
-CLASSES = tuple(rug for rug in RUGS if rug == ("checked", "orange") or rug[1] != "orange" and rug != ("checked", "purple"))
+CLASSES = tuple(rug for rug in RUGS if rug == ("dotted", "purple") or rug[1] != "purple" and rug != ("checked", "orange"))
 CLASS_NAMES = tuple(f"{pattern} {colour} rug" for pattern, colour in CLASSES)  # the data set's 20
-UNSEEN = tuple(map(CLASSES.index, (("checked", "red"), ("checked", "orange"), ("striped", "yellow"), ("plain", "green"),
-                                   ("dotted", "blue"))))
+UNSEEN = tuple(map(CLASSES.index, (("checked", "red"), ("plain", "orange"), ("striped", "yellow"), ("plain", "green"),
+                                   ("dotted", "purple"))))
 TEMPLATE = "a photo of a {}"
 
 # Turns by an angle with whole-numbered sine and cosine, in 65ths: 0, ±14.3 and ±22.6 degrees. No rounding, anywhere.
 TURNS = np.array([(65, 0), (63, 16), (60, 25), (63, -16), (60, -25)])
-MARKER, DRAWING = "toy_world.txt", "toy world, drawing 2"  # counts up whenever the same seed gives other pixels
+MARKER, DRAWING = "toy_world.txt", "toy world, drawing 3"  # counts up whenever the same seed gives other pixels
 DEFAULT_WORLD = Path("runs") / "toy_world"
 SHIPPED_CLIP = Path(__file__).with_name("toy_clip.pt")
 
