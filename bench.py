@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import data
 import model
+import rlb_attention
 from eval import autocast, confusion_matrix, start_processes
 from model import CLIPRC, RegionAlignment
 
@@ -93,6 +94,7 @@ def as_written():
     """While it lasts, CLIP-RC (with RAM) is computed by the literal equations above, nothing recomputed."""
     with ExitStack() as stack:
         for where, name, literal in ((F, "scaled_dot_product_attention", attention_as_written),
+                                     (rlb_attention, "feed_forward", lambda x, mlp: mlp(x)),
                                      (RegionAlignment, "forward", alignment_as_written), (CLIPRC, "decode", decode_as_written),
                                      (model, "segmentation_losses", losses_as_written)):
             stack.enter_context(patch.object(where, name, literal))

@@ -251,7 +251,7 @@ class CrossBlock(nn.Module):
         self.attention = CrossAttention(dim, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
-        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim),
+        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(4 * dim, dim),
                                  nn.Dropout(dropout))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
