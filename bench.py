@@ -125,7 +125,11 @@ def training_case(network: CLIPRC, batch: int, precision: str, device: torch.dev
     network.train()
     images, text = torch.randn(batch, 3, size, size, device=device), unit_rows(classes, network, device)
     labels = torch.randint(classes, (batch, size, size), device=device)
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=2e-4)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4)
+    for p in trained:  # as in the middle of a run: AdamW's moments are there
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
 
     def step() -> None:
         optimizer.zero_grad()
@@ -210,15 +214,15 @@ def speed(device: torch.device, rounds: int, compiled: bool, size: int = 512) ->
 
 
 def peak_memory(device: str, size: int, regions: int, images: int, precision: str, literal: bool) -> dict:
-    """Runs two training steps in this process and tells its peak, in GB, all included (a GPU: of PyTorch's tensors)."""
+    """Runs a training step in this process and tells its peak, in GB, all included (a GPU: of PyTorch's tensors)."""
     device = torch.device(device)
     network = vit_b16(regions, recompute=False if literal else None).to(device)
     step = training_case(network, images, precision, device, size)
     with as_written() if literal else ExitStack():
-        took = [seconds(step, device) for _ in range(2)]
+        took = seconds(step, device)
     used = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"GB": used / 1e9, "seconds": min(took)}
+    return {"GB": used / 1e9, "seconds": took}
 
 
 def memory(device: torch.device, size: int = 512) -> list[dict]:
@@ -228,7 +232,8 @@ def memory(device: torch.device, size: int = 512) -> list[dict]:
     table = []
     batch = 16 if device.type == "cuda" else 2
     for regions, images, precision in ((16, batch, "float32"), (16, batch, "bfloat16"), (256, 1, "float32"), (256, 1, "bfloat16"),
-                                       (1024, 1, "float32"), (1024, 1, "bfloat16"), (1024, 2, "bfloat16")):
+                                       (1024, 1, "float32"), (1024, 1, "bfloat16")) + \
+            (((1024, 2, "bfloat16"),) if device.type == "cuda" else ()):
         row = {"regions": regions, "images": images, "precision": precision}
         for name, literal in (("as written", True), ("ours", False)):
             if literal and (regions > 256 or precision == "bfloat16"):

@@ -243,8 +243,8 @@ def result_pictures(model: CLIPRC, untrained: UntrainedClip, dataset: data.Datas
                     lower: float, seen: Sequence[int], count: int = 6, side: int = 224) -> dict[str, Image.Image]:
     """Fig. 6 and Fig. 2 for the first images that show an unseen class: file names and pictures.
 
-    results.png: image, untrained CLIP's patches against the names, ours, the truth. regions.png: the region tokens
-    against the names, the untrained CLIP's beside ours.
+    results.png: image, untrained CLIP's patches against the names, ours, the truth; faint where there is no truth.
+    regions.png: the region tokens against the names, the untrained CLIP's beside ours.
     """
     names, unseen, colours = dataset.class_names, set(dataset.unseen), draw.palette(len(dataset.class_names))
     samples = data.TestSet(dataset, crop)
@@ -261,7 +261,12 @@ def result_pictures(model: CLIPRC, untrained: UntrainedClip, dataset: data.Datas
         size = (side, round(side * picture.height / picture.width))
         picture = picture.resize(size, Image.Resampling.BICUBIC)
         labels = [np.array(Image.fromarray(each.numpy()).resize(size, Image.Resampling.NEAREST)) for each in (*predictions, label)]
-        rows.append([picture] + [draw.overlay(np.array(picture), each, colours, 0.75) for each in labels])
+        row = [picture]
+        for each in labels:  # in full only where there is a truth to compare with
+            full = draw.overlay(np.array(picture), each, colours, 0.75)
+            counted = np.where(labels[-1] == data.IGNORE, data.IGNORE, each)
+            row.append(draw.overlay(np.array(Image.blend(picture, full, 0.3)), counted, colours, 0.75))
+        rows.append(row)
         shown |= set(np.unique(labels).tolist()) - {data.IGNORE}
         if model.encoder.region_grid:
             square = F.interpolate(image[None], size=(crop, crop), mode="bilinear", align_corners=False)[0].to(text.device)
