@@ -330,6 +330,8 @@ def run_script(main: Callable[[], None], interrupted: str = "stopped") -> None:
     except (ValueError, OSError, RuntimeError) as error:
         # from a worker of a DataLoader comes its whole traceback, which ends in a line that says the type first
         line = str(error).strip().split("\n")[-1].removeprefix(f"{type(error).__name__}: ")
+        if isinstance(error, OSError) and error.filename and line.startswith("[Errno"):
+            line = f"{error.filename}: {error.strerror}; name another place, or see to its permissions"
         if isinstance(error, (ValueError, OSError)):
             sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
         if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in line):

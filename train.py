@@ -176,8 +176,8 @@ import draw
 import toy
 from eval import (LOWER, UntrainedClip, autocast, class_table, evaluate, paper_table, result_pictures, run_script,
                   start_processes, zero_shot_metrics)
-from model import (CLIPRC, clip_file, compile_parts, encode_text, file_sha256, load_clip, present_pairs, pseudo_labels, read_checkpoint,
-                   save_checkpoint)
+from model import (CLIPRC, clip_file, compile_parts, encode_text, file_sha256, load_clip, present_pairs, pseudo_labels,
+                   read_checkpoint, save_checkpoint)
 
 
 def learning_rate(step: int, s: Settings) -> float:

@@ -280,7 +280,7 @@ def test_three_pictures_are_learnt_by_heart(flags, tmp_path):
 def test_one_seed_gives_the_same_weights_and_another_does_not(flags, tmp_path):
     a, b, c = (tmp_path / name for name in "abc")
     for folder, seed in ((a, "3"), (b, "3"), (c, "4")):
-        assert run(*flags, "--out", str(folder), "--seed", seed).returncode == 0
+        assert run(*flags, "--out", str(folder), "--seed", seed, "--iterations", "3").returncode == 0
     assert all(torch.equal(weights(a)[name], weights(b)[name]) for name in weights(a))
     assert any(not torch.equal(weights(a)[name], weights(c)[name]) for name in weights(a))
 
@@ -306,7 +306,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how, workers", [(signal.SIGTERM, "0"), (signal.SIGTERM, "2"), (signal.SIGKILL, "0")])
+@pytest.mark.parametrize("how, workers", [(signal.SIGTERM, "2"), (signal.SIGKILL, "0")])
 def test_stopped_and_resumed_run_ends_with_the_same_weights(flags, tmp_path, how, workers):
     flags = [*flags, "--iterations", "24", "--workers", workers]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
