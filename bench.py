@@ -57,14 +57,14 @@ def attention_as_written(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | No
 def alignment_as_written(self: RegionAlignment, G: Tensor, I: Tensor, R: Tensor, T: Tensor,
                          grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 4-6: upsampled and concatenated first, one linear layer afterwards. Arguments and results as in RAM."""
-    B, M, D = R.shape
-    cells = R.transpose(1, 2).reshape(B, D, math.isqrt(M), math.isqrt(M))
-    features = {"G": G[:, None].expand(-1, I.shape[1], -1),
-                "R": F.interpolate(cells, size=grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)}
+    M = R.shape[1]
+    cells = R.transpose(1, 2).unflatten(-1, (math.isqrt(M), math.isqrt(M)))  # (B, D, m, m)
+    upsampled = F.interpolate(cells, size=grid, mode="bilinear", align_corners=False)  # (B, D, h, w)
+    features = {"G": G[:, None].expand(-1, I.shape[1], -1), "R": upsampled.flatten(2).transpose(1, 2)}  # (B, N, D) each
     v = self.image_proj(torch.cat([features[name] for name in self.align] + [I], dim=-1))  # (B, N, D)
     R_t = T * (R + G[:, None])[:, :, None]  # (B, M, C, D)
     R_hat = torch.cat([R_t, T.expand_as(R_t)], dim=-1)  # (B, M, C, 2 D)
-    return self.descriptor_proj(R_hat).flatten(1, 2), v, R_t.flatten(1, 2)
+    return self.descriptor_proj(R_hat).flatten(1, 2), v, R_t.flatten(1, 2)  # (B, M C, D), (B, N, D), (B, M C, D)
 
 
 def decode_as_written(self: CLIPRC, G: Tensor, I: Tensor, R: Tensor, T: Tensor,
@@ -82,7 +82,7 @@ def losses_as_written(logits: Tensor, labels: Tensor, pairs: Tensor | None = Non
     p = logits.sigmoid()
     p_t = p * t + (1 - p) * (1 - t)
     focal = (0.25 * t + 0.75 * (1 - t)) * (1 - p_t) ** 2 * F.binary_cross_entropy_with_logits(logits, t, reduction="none")
-    p, t = p.flatten(2), t.flatten(2)
+    p, t = p.flatten(2), t.flatten(2)  # (B, C, H W)
     present = t.sum(-1) > 0  # (B, C)
     dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
     P = present.sum().clamp(min=1) if pairs is None else pairs
@@ -91,7 +91,7 @@ def losses_as_written(logits: Tensor, labels: Tensor, pairs: Tensor | None = Non
 
 @contextmanager
 def as_written():
-    """While it lasts, CLIP-RC (with RAM) is computed by the literal equations above, nothing recomputed."""
+    """While it lasts, CLIP-RC (with RAM) is computed by the literal equations above."""
     with ExitStack() as stack:
         for where, name, literal in ((F, "scaled_dot_product_attention", attention_as_written),
                                      (rlb_attention, "feed_forward", lambda x, mlp: mlp(x)),

@@ -121,6 +121,9 @@ def test_presets_are_the_papers():
     assert preset("--dataset", "voc", "--setting", "supervised")[1:4] == (100, 1, 0)
     assert preset("--dataset", "coco-stuff", "--setting", "supervised")[1:4] == (100, 1.5, 1)
     assert preset("--dataset", "coco-stuff", "--w-rec", "7")[3] == 7
+    for name in ("voc", "context", "coco-stuff", "folder"):
+        s = train.parse_settings(["--dataset", name, "--data-root", "."])
+        assert (s.dropout, s.weight_decay, s.lr) == (0.1, 0.01, 2e-4)
 
 
 def test_run_ends_with_the_table_that_eval_prints_again(flags, voc, clip_path, tmp_path):
