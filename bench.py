@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import model
 import rlb_attention
-from eval import autocast, confusion_matrix, start_processes
+from eval import autocast, confusion_matrix, run_script, start_processes
 from model import CLIPRC, RegionAlignment
 
 PAPER_GFLOPS = {1: 119.8, 4: 121.2, 16: 126.7, 64: 148.9, 256: 238.2, 1024: 609.2}  # Table 6, by region tokens
@@ -343,7 +343,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    run_script(main)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlb_attention import Encoder
+from rlb_attention import Encoder, attend
 
 # The one place where OpenAI's package is imported. Its __init__ pulls in torchvision and pkg_resources, for picture
 # preprocessing that is not used here; an empty package of the same name and path lets its two useful modules in alone.
@@ -231,7 +231,7 @@ class CrossAttention(nn.Module):
         keys = F.linear(memory, self.k.weight, 0 * self.k.bias)  # (B, Y, D)
         q, k, v = (tokens.unflatten(-1, (DECODER_HEADS, -1)).transpose(1, 2)  # (B, heads, X or Y, d)
                    for tokens in (self.q(x), keys, self.v(memory)))
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        out = attend(q, k, v, dropout=self.dropout if self.training else 0.0)  # (B, heads, X, d)
         return self.out(out.transpose(1, 2).flatten(2))  # (B, X, D)
 
     def mean_scores(self, x: Tensor, memory: Tensor) -> Tensor:

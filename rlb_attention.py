@@ -73,6 +73,28 @@ def attention_mask(num_prompts: int, grid: tuple[int, int], region_grid: int, de
                              *mask.shape, device=device)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Eq. 2's softmax(Q K^T / sqrt(d) + Mask) V, for heads side by side.
+
+    q (B, heads, X, d), k and v (B, heads, Y, d); mask (X, Y), True where a row may attend to a column. dropout: of the
+    softmax's values. Returns (B, heads, X, d).
+    """
+    if (dropout or q.is_cuda or q.dtype != torch.bfloat16 or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    # Inference in bfloat16 on a CPU: PyTorch's kernel is no quicker there than in single precision. The equation as it
+    # reads is, with the scores of one head, and of so few rows that a processor's cache holds them.
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf) if mask is not None else None  # (X, Y)
+    out = q.new_empty(q.shape)
+    for head_out, head_q, head_k, head_v in zip(*(heads.flatten(0, 1) for heads in (out, q, k, v))):  # (X or Y, d) each
+        for i in range(0, len(head_q), 512):
+            scores = head_q[i:i + 512] @ (head_k / math.sqrt(q.shape[-1])).T  # (512, Y)
+            if bias is not None:
+                scores += bias[i:i + 512]
+            head_out[i:i + 512] = scores.softmax(-1) @ head_v
+    return out
+
+
 def masked_attention(x: Tensor, attention: nn.MultiheadAttention, mask: Tensor | BlockMask | None) -> Tensor:
     """Eq. 2: softmax(Q K^T / sqrt(d) + Mask) V over several heads, with the weights of CLIP's own attention layer.
 
@@ -85,7 +107,7 @@ def masked_attention(x: Tensor, attention: nn.MultiheadAttention, mask: Tensor |
     if isinstance(mask, BlockMask):
         out = flex_attention(q, k, v, block_mask=mask)  # (B, heads, E, d)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, E, d)
+        out = attend(q, k, v, mask)  # (B, heads, E, d)
     return attention.out_proj(out.transpose(1, 2).flatten(2))  # (B, E, D_v)
 
 
@@ -96,7 +118,8 @@ def feed_forward(x: Tensor, mlp: nn.Sequential) -> Tensor:
     and one tensor of 4 D_v numbers a token is made where there would be three.
     """
     up, down = mlp.c_fc, mlp.c_proj
-    hidden = F.silu(torch.addmm(up.bias, x.flatten(0, 1), up.weight.T, beta=1.702, alpha=1.702))  # (B E, 4 D_v)
+    hidden = torch.addmm(up.bias, x.flatten(0, 1), up.weight.T, beta=1.702, alpha=1.702)  # (B E, 4 D_v)
+    hidden = F.silu(hidden, inplace=not torch.is_grad_enabled())
     return torch.addmm(down.bias, hidden, down.weight.T, alpha=1 / 1.702).view_as(x)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import make_clip
 
+import bench
 from model import CLIPRC
-from rlb_attention import Encoder, draw_mask, masked_attention, region_mask
+from rlb_attention import Encoder, attend, draw_mask, masked_attention, region_mask
 
 
 def drawn(rows: str) -> torch.Tensor:
@@ -83,6 +84,21 @@ def test_masked_attention_is_equation_2():
         scores = scores + torch.where(mask, 0.0, -math.inf)
         out[:, :, head] = scores.softmax(-1) @ v[:, :, head]
     torch.testing.assert_close(masked_attention(x, attention, mask), attention.out_proj(out.flatten(2)))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_in_bfloat16_without_gradients_is_equation_2(masked, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 16) for length in (1030, 600, 600))  # three parts of rows, the last not full
+    mask = torch.rand(1030, 600) < 0.3 if masked else None
+    expected = bench.attention_as_written(q, k, v, mask)
+    by_pytorch = attend(*(heads.bfloat16() for heads in (q, k, v)), mask)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)  # not asked
+    with torch.no_grad():
+        by_heads = attend(*(heads.bfloat16() for heads in (q, k, v)), mask)
+    for ours in (by_pytorch, by_heads):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
