@@ -24,7 +24,8 @@ BLOCK = [(r"multihead_attn\.proj\.", "attention.out."), (r"multihead_attn\.", "a
          (r"linear2\.", "ffn.3."), (r"norm2\.", "norm1."), (r"norm3\.", "norm2.")]
 NAMES = [(r"backbone\.region_level_bridge", "encoder.regions"),
          (r"backbone\.(prompt_proj|prompt_norm)\.", r"encoder.\1."),
-         (r"backbone\.(class_embedding|positional_embedding|proj|conv1\.|ln_pre\.|ln_post\.|transformer\.)", r"encoder.visual.\1"),
+         (r"backbone\.(class_embedding|positional_embedding|proj|conv1\.|ln_pre\.|ln_post\.|transformer\.)",
+          r"encoder.visual.\1"),
          (r"decode_head\.lateral_proj\.", "ram.image_proj."),
          (r"decode_head\.decoder_([qv])\.layers\.", r"decoder.\1_blocks."),
          (r"decode_head\.decoder_1\.layers\.", "decoder."),
@@ -101,7 +102,8 @@ def main() -> None:
         if not isinstance(state_dict, dict):
             raise pickle.UnpicklingError
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise ValueError(f"{args.released} is not a checkpoint of tensors that can be read safely; fetch it again") from error
+        raise ValueError(f"{args.released} is not a checkpoint of tensors that can be read safely; "
+                         f"fetch it again") from error
     try:
         model = from_released(state_dict)
     except ValueError as error:

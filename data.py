@@ -260,7 +260,8 @@ def with_unseen(dataset: Dataset, names: str) -> Dataset:
     listed = [" ".join(name.split()) for name in names.split(",") if name.strip()]
     for name in listed:
         if name not in dataset.class_names:
-            raise ValueError(f"--unseen: '{name}' is no class of {dataset.name}; its classes are {', '.join(dataset.class_names)}")
+            raise ValueError(f"--unseen: '{name}' is no class of {dataset.name}; "
+                             f"its classes are {', '.join(dataset.class_names)}")
         if listed.count(name) > 1:
             raise ValueError(f"--unseen: '{name}' stands there twice")
     return replace(dataset, unseen=tuple(map(dataset.class_names.index, listed)))
@@ -394,7 +395,8 @@ def augment(image: Image.Image, label: np.ndarray, crop: int, rng: np.random.Gen
     """Sec. 4.2's 512x512 inputs: random scale, crop, flip and colours -> (3, crop, crop) float32, (crop, crop) int64.
 
     label: (H, W) uint8. The picture fits 4·crop x crop times a factor out of `scale`; what the crop lacks is filled with 0
-    (after normalisation) and IGNORE. colours: jitter them. The crop is chosen first, on the source's own pixels, and nothing else is resized.
+    (after normalisation) and IGNORE. colours: jitter them. The crop is chosen first, on the source's own pixels, and
+    nothing else is resized.
     """
     factor = rng.uniform(*scale)
     width, height = fit_size(image.size, int(4 * crop * factor), int(crop * factor))

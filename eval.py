@@ -260,7 +260,8 @@ def result_pictures(model: CLIPRC, untrained: UntrainedClip, dataset: data.Datas
         picture = data.read_image(dataset.pairs[i][0])
         size = (side, round(side * picture.height / picture.width))
         picture = picture.resize(size, Image.Resampling.BICUBIC)
-        labels = [np.array(Image.fromarray(each.numpy()).resize(size, Image.Resampling.NEAREST)) for each in (*predictions, label)]
+        labels = [np.array(Image.fromarray(each.numpy()).resize(size, Image.Resampling.NEAREST))
+                  for each in (*predictions, label)]
         row = [picture]
         for each in labels:  # in full only where there is a truth to compare with
             full = draw.overlay(np.array(picture), each, colours, 0.75)
@@ -348,9 +349,11 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "val"), default="val", help="default %(default)s")
     parser.add_argument("--clip", help="CLIP's file or published name; default: the one of the training, else ViT-B/16")
     parser.add_argument("--crop-size", type=int, help="side of a window, in pixels; default: the training's, else 512")
-    parser.add_argument("--stride", type=int, help="pixels from window to window; default: 426 for windows of 512, in proportion")
+    parser.add_argument("--stride", type=int,
+                        help="pixels from window to window; default: 426 for windows of 512, in proportion")
     parser.add_argument("--lower", type=float, help="taken off the seen classes' scores; default: 0.1 after inductive "
-                                                    "training and for a converted checkpoint, 0 else and for another data set")
+                                                    "training and for a converted checkpoint, 0 else and for another data "
+                                                    "set")
     parser.add_argument("--seen-only", action="store_true", help="give the seen names only and leave other pixels out: "
                                                                  "with --split train, the training accuracy")
     parser.add_argument("--unseen-names", choices=("own", "permuted", "random"), default="own",
@@ -405,7 +408,8 @@ def main() -> None:
     if args.unseen_names == "permuted":
         text[unseen] = text[unseen].roll(1, dims=0)
     elif args.unseen_names == "random":
-        text[unseen] = F.normalize(torch.randn(len(unseen), text.shape[1], generator=torch.Generator().manual_seed(0)), dim=-1)
+        generator = torch.Generator().manual_seed(0)
+        text[unseen] = F.normalize(torch.randn(len(unseen), text.shape[1], generator=generator), dim=-1)
     if args.save:  # not before everything else is known to be right
         args.save.mkdir(parents=True, exist_ok=True)
     confusion = evaluate(model, dataset, text.to(device), crop, stride, lower, seen, args.workers,

@@ -83,7 +83,8 @@ def clip_file(name_or_path: str | Path) -> Path:
             raise ValueError(f"--clip {name_or_path}: the download of {file_name} failed ({error}); "
                              f"fetch it elsewhere and give its path") from error
     elif file_sha256(path) != sha256:
-        raise ValueError(f"--clip {name_or_path}: {path} is not OpenAI's file (its SHA-256 differs); delete it and try again")
+        raise ValueError(f"--clip {name_or_path}: {path} is not OpenAI's file (its SHA-256 differs); "
+                         f"delete it and try again")
     return path
 
 
@@ -118,7 +119,8 @@ def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
     except PermissionError:
         raise
     except Exception as error:  # damaged files make zipfile and PyTorch raise a dozen kinds
-        raise ValueError(f"{path} is not a CLIP file: neither one that OpenAI published nor a state dict of tensors") from error
+        raise ValueError(f"{path} is not a CLIP file: neither one that OpenAI published nor a state dict "
+                         f"of tensors") from error
     if "visual.layer1.0.conv1.weight" in state:
         raise ValueError(f"{path} is a CLIP with a ResNet; CLIP-RC needs one of the transformers, such as ViT-B/16")
     try:
@@ -134,7 +136,8 @@ def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
                                     depth["transformer."])
         model.load_state_dict(state, assign=True)
     except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a CLIP file: a tensor of OpenAI's format is missing or has another shape") from error
+        raise ValueError(f"{path} is not a CLIP file: a tensor of OpenAI's format is missing or has another "
+                         f"shape") from error
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{path}: {broken[0]} holds NaN or infinite numbers; the file is damaged")
@@ -251,8 +254,8 @@ class CrossBlock(nn.Module):
         self.attention = CrossAttention(dim, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
-        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(4 * dim, dim),
-                                 nn.Dropout(dropout))
+        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(inplace=True), nn.Dropout(dropout),
+                                 nn.Linear(4 * dim, dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x (B, X, D) reads memory (B, Y, D). Returns (B, X, D)."""
@@ -430,7 +433,8 @@ class CLIPRC(nn.Module):
         if self.recovery is None:  # Table 8's n = 0: the decoder's own outputs against its inputs
             return {"recovery_q": distance(q_d, q.detach()), "recovery_v": distance(v_d, I.detach())}
         q_r, v_r = self.recovery(q_d, v_d)
-        R_hat = torch.cat([R_t.detach(), T.repeat(R_t.shape[1] // len(T), 1).expand(len(R_t), -1, -1)], dim=-1)  # (B, M C, 2 D)
+        every_T = T.repeat(R_t.shape[1] // len(T), 1).expand(len(R_t), -1, -1)  # (B, M C, D)
+        R_hat = torch.cat([R_t.detach(), every_T], dim=-1)  # (B, M C, 2 D)
         return {"recovery_q": distance(q_r, R_hat), "recovery_v": distance(v_r, I.detach())}
 
 
@@ -451,7 +455,8 @@ def compile_parts(network: CLIPRC) -> None:
 
 def kd_loss(recovered: Tensor, target: Tensor) -> Tensor:
     """Table 8's KD: KL divergence of the softmaxes over the feature axis, at temperature 1, averaged over the tokens."""
-    divergence = F.kl_div(recovered.float().log_softmax(-1), target.float().log_softmax(-1), log_target=True, reduction="none")
+    divergence = F.kl_div(recovered.float().log_softmax(-1), target.float().log_softmax(-1), log_target=True,
+                          reduction="none")
     return divergence.sum(-1).mean()
 
 
@@ -544,7 +549,8 @@ def save_checkpoint(path: str | Path, model: CLIPRC, clip_sha256: str | None, **
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({' '.join(str(error).split())[:120]}); what was there before is whole") from error
+        raise OSError(f"{path} could not be written ({' '.join(str(error).split())[:120]}); "
+                      f"what was there before is whole") from error
 
 
 def read_checkpoint(path: str | Path) -> dict:

@@ -98,7 +98,8 @@ def draw_scene(rng: np.random.Generator, rugs: Sequence[tuple[str, str]]) -> tup
             none = np.zeros_like(rug)
             dark, cream = {"plain": (none, none), "striped": (u // step % 2 == 1, none),
                            "checked": (3 * u // (2 * step) % 3 == 1, 3 * v // (2 * step) % 3 == 1),
-                           "dotted": (none, (u % (2 * step) - step)**2 + (v % (2 * step) - step)**2 <= step**2 // 2)}[pattern]
+                           "dotted": (none, (u % (2 * step) - step)**2
+                                      + (v % (2 * step) - step)**2 <= step**2 // 2)}[pattern]
             image[rug] = COLOURS[colour] + rng.integers(-14, 15, 3)
             image[rug & dark] = DARK + rng.integers(-10, 11, 3)
             image[rug & cream] = CREAM + rng.integers(-10, 11, 3)
@@ -262,7 +263,8 @@ def main() -> None:
             raise ValueError(f"--out {args.out}: no such folder; make it first")
         pretrain(args.out, args.seed, args.steps)
         accuracy = naming_accuracy(load_clip(args.out), count=1000, seed=args.seed)
-        print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, names {accuracy:.1%} of 1,000 new single rugs right")
+        print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, "
+              f"names {accuracy:.1%} of 1,000 new single rugs right")
     else:
         parser.print_help()
 

@@ -77,7 +77,8 @@ class Settings:
     # the optimisation
     iterations: int | None = flag(None, "steps of the optimiser")
     batch_size: int = flag(16, "images a step, over all processes")
-    accumulate: int = flag(1, "parts that a process's share of the batch is computed in, one after the other, to save memory")
+    accumulate: int = flag(1, "parts that a process's share of the batch is computed in, one after the other, to save "
+                              "memory")
     crop_size: int | None = flag(None, "side of a training picture, in pixels")
     scale_min: float | None = flag(None, "least and ...")
     scale_max: float | None = flag(None, "... largest factor by which a training picture is scaled at random")
@@ -91,19 +92,20 @@ class Settings:
     # the machine
     device: str = flag("auto", "auto, cpu or cuda")
     precision: str = flag("float32", "of the large products", choices=("float32", "bfloat16"))
-    recompute: bool | None = flag(None, "compute the decoder's layers twice instead of keeping what they computed: a fraction "
-                                        "of the memory (from 256 regions on)")
+    recompute: bool | None = flag(None, "compute the decoder's layers twice instead of keeping what they computed: a "
+                                        "fraction of the memory (from 256 regions on)")
     compile: bool = flag(False, "translate the model with torch.compile: minutes once, quicker steps on a GPU")
     workers: int | None = flag(None, "processes that prepare pictures, for each training process (up to 8; toy: 0)")
-    skip_bad: bool = flag(False, "do without training pictures that cannot be read or do not fit their masks: others stand in "
-                                 "for them, OUT/skipped.txt names them; without this flag the first one ends the run")
+    skip_bad: bool = flag(False, "do without training pictures that cannot be read or do not fit their masks: others "
+                                 "stand in for them, OUT/skipped.txt names them; without this flag the first one ends "
+                                 "the run")
     # what to note, and when
     log_every: int = flag(10, "steps between lines of log.jsonl")
     val_every: int | None = flag(None, "steps between evaluations (a fifth of the run)")
     save_every: int = flag(1000, "steps between checkpoints")
     resume: bool = flag(False, "go on from OUT/last.pt if there is one")
-    ablate: int = flag(0, "instead of one run all those of Tables 5-8, with so many seeds each (3 where no number is given), "
-                          "and a table beside the paper's", nargs="?", const=3)
+    ablate: int = flag(0, "instead of one run all those of Tables 5-8, with so many seeds each (3 where no number is "
+                          "given), and a table beside the paper's", nargs="?", const=3)
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
@@ -260,8 +262,8 @@ def claim_folder(s: Settings) -> dict | None:
         checkpoint = read_checkpoint(out / "last.pt")
         if not {"run", "optimizer", "step", "class_names", "unseen", "templates"} <= checkpoint.keys():
             raise ValueError(f"--resume: {out}/last.pt is no checkpoint of train.py; start from it with --init instead")
-        free = {"out", "resume", "ablate", "device", "workers", "recompute", "skip_bad", "log_every", "val_every", "save_every",
-                "data_root", "clip"}
+        free = {"out", "resume", "ablate", "device", "workers", "recompute", "skip_bad", "log_every", "val_every",
+                "save_every", "data_root", "clip"}
         for name, now in asdict(s).items():
             then = checkpoint["run"].get(name, now)
             if now != then and name not in free:
@@ -343,12 +345,14 @@ def train(s: Settings) -> dict | None:
             optimizer.load_state_dict(checkpoint["optimizer"])
             start = int(checkpoint["step"])
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{out}/last.pt: its optimiser's state or step makes no sense; start from it with --init") from None
+            raise ValueError(f"{out}/last.pt: its optimiser's state or step makes no sense; "
+                             f"start from it with --init") from None
     if world > 1:
         starts = torch.tensor([start, -start], device=device)
         dist.all_reduce(starts, dist.ReduceOp.MAX)
         if starts[0] != -starts[1]:
-            raise ValueError(f"--out {s.out}: some processes find a checkpoint there and some do not; all machines must share it")
+            raise ValueError(f"--out {s.out}: some processes find a checkpoint there and some do not; "
+                             f"all machines must share it")
 
     def save(name: str, step: int) -> None:
         save_checkpoint(out / name, model, clip_sha256, run=asdict(s), clip=str(clip_path), class_names=list(names),
@@ -366,8 +370,8 @@ def train(s: Settings) -> dict | None:
         lines = read_log(out / "log.jsonl")
         write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines
                                               if line["step"] <= start and "result" not in line))
-        print(f"{s.dataset}, {s.setting}: {len(train_data.pairs):,} images, {len(seen)} seen and {len(unseen)} unseen classes"
-              + (f"; {train_data.note}" if train_data.note else ""))
+        print(f"{s.dataset}, {s.setting}: {len(train_data.pairs):,} images, {len(seen)} seen and {len(unseen)} unseen "
+              f"classes" + (f"; {train_data.note}" if train_data.note else ""))
         print(f"{sum(p.numel() for p in trained):,} trained parameters, {s.iterations:,} steps of {s.batch_size} images on "
               f"{world} x {device.type}" + (f", from step {start:,}" if start else ""))
 
@@ -418,8 +422,8 @@ def train(s: Settings) -> dict | None:
             values = {name: value.item() / world for name, value in values.items()}
             total = sum(values.values())
             if not math.isfinite(total):
-                raise ValueError(f"step {done}: the loss is {total}; what {out}/last.pt holds is from an earlier step. Lower --lr, or "
-                                 f"look at the pictures with data.py --check")
+                raise ValueError(f"step {done}: the loss is {total}; what {out}/last.pt holds is from an earlier step. "
+                                 f"Lower --lr, or look at the pictures with data.py --check")
             if rank == 0:
                 seconds, steps = time.perf_counter() - clock, done - clocked
                 training, waiting = training + seconds, waiting + waited
@@ -470,10 +474,12 @@ def train(s: Settings) -> dict | None:
             parts = [name for name in ("loss", "mask", "dice", "recovery_q", "recovery_v") if name in lines[-1]]
             draw.save(draw.line_chart({name: [(line["step"], line[name]) for line in lines] for name in parts},
                                       f"{s.dataset}, {s.setting}: training losses", log_y=True), out / "loss.png")
-            for name, picture in result_pictures(model.eval(), untrained, val_data, text, s.crop_size, stride, lower, seen).items():
+            pictures = result_pictures(model.eval(), untrained, val_data, text, s.crop_size, stride, lower, seen)
+            for name, picture in pictures.items():
                 draw.save(picture, out / name)
             note({"step": s.iterations, "result": numbers(metrics)})
-            print(class_table(confusion, names, unseen, toy.new_attributes(names, unseen) if s.dataset == "toy" else ()) + "\n")
+            new = toy.new_attributes(names, unseen) if s.dataset == "toy" else ()
+            print(class_table(confusion, names, unseen, new) + "\n")
             print(paper_table(rows))
             print(f"\nin {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
     return metrics
@@ -575,7 +581,8 @@ def ablate(s: Settings) -> None:
     print(f"{'':<32}{'hIoU':>12}{'mIoU(S)':>13}{'mIoU(U)':>13}{'hIoU':>10}{'mIoU(S)':>9}{'mIoU(U)':>9}")
     for table, row, _, paper in rows:
         runs = finished.get(table + row)
-        columns = [torch.tensor([float(run[key] or 0) for run in runs]) for key in ("hIoU", "mIoU_S", "mIoU_U")] if runs else []
+        columns = [torch.tensor([float(run[key] or 0) for run in runs])
+                   for key in ("hIoU", "mIoU_S", "mIoU_U")] if runs else []
         ours = "".join(f"{column.mean():>8.1f} ±{column.std(correction=0):4.1f}" for column in columns)
         print(f"{table:<9}{row:<22}{ours or 'a region would be smaller than 2x2 patches':<41}"
               + ("".join(f"{value:>9.1f}" for value in paper[1:]) if paper else ""))
