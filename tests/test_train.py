@@ -309,24 +309,24 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how, workers", [(signal.SIGTERM, "2"), (signal.SIGKILL, "0")])
-def test_stopped_and_resumed_run_ends_with_the_same_weights(flags, tmp_path, how, workers):
-    flags = [*flags, "--iterations", "24", "--workers", workers]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+def test_stopped_and_resumed_run_ends_with_the_same_weights(flags, tmp_path):
+    flags, whole = [*flags, "--iterations", "12", "--val-every", "12"], tmp_path / "whole"  # stopped while it trains
     assert run(*flags, "--out", str(whole)).returncode == 0
-    process = start(*flags, "--out", str(broken))
-    wait_for(broken / "last.pt", process)
-    os.killpg(process.pid, how)  # to workers too, as torchrun does
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == (0 if how == signal.SIGTERM else -signal.SIGKILL), err
-    stopped_at = read_checkpoint(broken / "last.pt")["step"]
-    assert stopped_at < 24 and (how == signal.SIGKILL or f"stopped after step {stopped_at}" in out)
-    again = run(*flags, "--out", str(broken), "--resume")
-    assert again.returncode == 0 and f"from step {stopped_at}" in again.stdout, again.stderr
-    assert all(torch.equal(weights(whole)[name], weights(broken)[name]) for name in weights(whole))
-    steps = [[json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in line]
-             for folder in (whole, broken)]
-    assert steps[0] == steps[1] == list(range(1, 25))
+    for how, workers in ((signal.SIGTERM, "2"), (signal.SIGKILL, "0")):
+        flags, broken = [*flags, "--workers", workers], tmp_path / how.name
+        process = start(*flags, "--out", str(broken))
+        wait_for(broken / "last.pt", process)
+        os.killpg(process.pid, how)  # to workers too, as torchrun does
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == (0 if how == signal.SIGTERM else -signal.SIGKILL), err
+        stopped_at = read_checkpoint(broken / "last.pt")["step"]
+        assert stopped_at < 12 and (how == signal.SIGKILL or f"stopped after step {stopped_at}" in out)
+        again = run(*flags, "--out", str(broken), "--resume")
+        assert again.returncode == 0 and f"from step {stopped_at}" in again.stdout, again.stderr
+        assert all(torch.equal(weights(whole)[name], weights(broken)[name]) for name in weights(whole))
+        steps = [[json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in line]
+                 for folder in (whole, broken)]
+        assert steps[0] == steps[1] == list(range(1, 13))
 
 
 def test_a_second_run_keeps_the_first_aside(flags, tmp_path):
@@ -465,7 +465,7 @@ def test_two_hosts_compute_what_one_process_does(flags, tmp_path):
         assert (weights(tmp_path / "several")[name] - tensor).norm() <= 1e-5 * max(tensor.norm(), 1e-3), name
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_several_processes_compute_what_one_does(flags, tmp_path, processes):
     flags = [*flags, "--iterations", "5", "--dropout", "0"]
     one, several = tmp_path / "one", tmp_path / "several"
