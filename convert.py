@@ -19,7 +19,8 @@ from torch import Tensor
 
 from model import CLIPRC, save_checkpoint, torch_load, visual_from_state
 
-# Released name -> our name, tried in this order as regular expressions over the whole name; None: not used by the method.
+# Released name -> our name, tried in this order as regular expressions at its beginning; a name that none matches is not
+# used by the method.
 BLOCK = [(r"multihead_attn\.proj\.", "attention.out."), (r"multihead_attn\.", "attention."), (r"linear1\.", "ffn.0."),
          (r"linear2\.", "ffn.3."), (r"norm2\.", "norm1."), (r"norm3\.", "norm2.")]
 NAMES = [(r"backbone\.region_level_bridge", "encoder.regions"),

@@ -18,7 +18,6 @@ leading * marks an unseen class. A mask holds one class number per pixel, 255 wh
 
 import argparse
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence

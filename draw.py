@@ -171,21 +171,17 @@ def region_names(image: Image.Image, answers: list[list[int]], names: Sequence[s
     return out
 
 
-def grid(rows: list[list[Image.Image]], headers: list[str] | None = None,
-         row_labels: list[str] | None = None) -> Image.Image:
-    """Fig. 6's arrangement: tiles in rows and columns on white, captions above the columns and left of the rows."""
+def grid(rows: list[list[Image.Image]], headers: list[str] | None = None) -> Image.Image:
+    """Fig. 6's arrangement: tiles in rows and columns on white, captions above the columns."""
     gap, size = 6, 16
     widths = [max(row[c].width for row in rows if c < len(row)) for c in range(max(map(len, rows)))]
     heights = [max(tile.height for tile in row) for row in rows]
-    left = gap + (int(max(_font(size).getlength(_fit(text, size)) for text in row_labels)) + gap if row_labels else 0)
     top = gap + (size + 2 * gap if headers else 0)
-    out = Image.new("RGB", (left + sum(widths) + gap * len(widths), top + sum(heights) + gap * len(heights)), "white")
+    out = Image.new("RGB", (gap + sum(widths) + gap * len(widths), top + sum(heights) + gap * len(heights)), "white")
     pen = ImageDraw.Draw(out)
     y = top
     for r, row in enumerate(rows):
-        x = left
-        if row_labels:
-            pen.text((gap, y + heights[r] / 2), _fit(row_labels[r], size), INK, _font(size), anchor="lm")
+        x = gap
         for c, tile in enumerate(row):
             if r == 0 and headers:
                 pen.text((x + widths[c] / 2, top / 2), _fit(headers[c], size, widths[c]), INK, _font(size), anchor="mm")

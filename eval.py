@@ -97,7 +97,8 @@ def slide_inference(model: CLIPRC, image: Tensor, text: Tensor, crop: int, strid
 
 
 class UntrainedClip(torch.nn.Module):
-    """Fig. 2 (left) and the floor of every table: CLIP as it is, patch features (and region tokens) against the names.
+    """Fig. 2 (left) and the floor of the small world's table: CLIP as it is, patch features (and region tokens) against
+    the names.
 
     visual: OpenAI's `clip.model.VisionTransformer`. Called as `CLIPRC` is; its logits are cosines.
     """
@@ -110,8 +111,7 @@ class UntrainedClip(torch.nn.Module):
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
         """images (B, 3, H, W), text (C, D) to logits (B, C, H, W)."""
         _, I, _ = self.encoder(images)
-        patch_size = self.encoder.visual.conv1.kernel_size[0]
-        logits = (text @ I.transpose(1, 2)).unflatten(-1, (images.shape[-2] // patch_size, -1))  # (B, C, h, w)
+        logits = (text @ I.transpose(1, 2)).unflatten(-1, (images.shape[-2] // self.encoder.patch_size, -1))  # (B, C, h, w)
         return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -214,7 +214,7 @@ def paper_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def class_table(confusion: Tensor, names: Sequence[str], unseen: Sequence[int], new: Sequence[int] = ()) -> str:
-    """Each class's IoU and accuracy in percent and its share of the labelled pixels; unseen classes marked with *.
+    """Sec. 4.3: each class's IoU and accuracy in percent and its share of the labelled pixels; unseen classes marked with *.
 
     new: those of the unseen that have a look which no training mask shows in any class, marked with **.
     """
@@ -248,7 +248,8 @@ def result_pictures(model: CLIPRC, untrained: UntrainedClip, dataset: data.Datas
     """
     names, unseen, colours = dataset.class_names, set(dataset.unseen), draw.palette(len(dataset.class_names))
     samples = data.TestSet(dataset, crop)
-    chosen = [i for i in range(min(len(samples), 200)) if not unseen or unseen & set(samples[i][1].unique().tolist())]
+    chosen = [*itertools.islice((i for i in range(min(len(samples), 200)) if not unseen or unseen & {*np.unique(
+        data.read_label(dataset.pairs[i][1], dataset.mapping)).tolist()}), count)]
     rows, regions, shown = [], [], set()
     for i in (chosen or range(len(samples)))[:count]:
         image, label, _ = samples[i]
@@ -379,6 +380,8 @@ def main() -> None:
         raise ValueError(f"--lower {args.lower}: must be from 0 to 1")
     if not 0 <= args.workers <= 256:
         raise ValueError(f"--workers {args.workers}: must be from 0 to 256")
+    if args.seen_only and args.unseen_names != "own":
+        raise ValueError("--unseen-names: with --seen-only no unseen name is given; leave one of the two out")
     if args.unseen_names == "permuted" and len(dataset.unseen) < 2:
         raise ValueError("--unseen-names permuted: there must be two unseen classes at least to give each other's names")
     if args.save and os.path.lexists(args.save):
@@ -387,7 +390,7 @@ def main() -> None:
     device = start_processes(args.device)
     rank = dist.get_rank() if dist.is_initialized() else 0
     model = model_from_checkpoint(checkpoint, args.checkpoint, args.clip).to(device)
-    unit = model.encoder.visual.conv1.kernel_size[0] * max(1, model.encoder.region_grid)
+    unit = model.encoder.patch_size * max(1, model.encoder.region_grid)
     if not 0 < crop <= 2048 or crop % unit:
         raise ValueError(f"--crop-size {crop}: {args.checkpoint} needs a multiple of {unit} pixels, 2048 at most")
     stride = max(1, crop * 426 // 512) if args.stride is None else args.stride

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rlb_attention import Encoder, attend
 
@@ -47,7 +47,7 @@ CLIP_FILES = {  # name: (SHA-256, file); the image transformers that OpenAI publ
     "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
     "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
 }
-IGNORED = 255  # the label of a pixel that has none
+IGNORE = 255  # the label of a pixel that has none
 DECODER_HEADS, DECODER_LAYERS = 8, 3
 INITIALISERS = ("released", "truncated_normal")
 
@@ -99,7 +99,7 @@ def torch_load(path: str | Path):
 
 
 def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
-    """CLIP as OpenAI publishes it (Sec. 4.2): image and text encoder in single precision on the CPU, in eval mode.
+    """Sec. 4.2's CLIP as OpenAI publishes it: image and text encoder in single precision on the CPU, in eval mode.
 
     name_or_path: a published name, such as "ViT-B/16", or a file: a TorchScript archive (as published) or a plain
     state dict, in half or single precision. Every size is read off the tensors.
@@ -238,7 +238,7 @@ class CrossAttention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))  # (B, X, D)
 
     def mean_scores(self, x: Tensor, memory: Tensor) -> Tensor:
-        """ZegCLIP's mask: the scores before the softmax, scaled, averaged over the heads. Returns (B, X, Y).
+        """Table 5 without RAM, ZegCLIP's mask: the scores before the softmax, scaled, averaged over the heads (B, X, Y).
 
         The heads' dot products over d features each add up to one dot product over all D.
         """
@@ -280,7 +280,8 @@ class TwoWayDecoder(nn.Module):
         """q: descriptors (B, M C, D), v: patches (B, N, D). Returns both, of the same shapes."""
         for q_block, v_block in zip(self.q_blocks, self.v_blocks):
             if self.recompute and torch.is_grad_enabled():  # with the same dropout: its random state is kept too
-                q, v = checkpoint(q_block, q, v, use_reentrant=False), checkpoint(v_block, v, q, use_reentrant=False)
+                q, v = (torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+                        for block, *inputs in ((q_block, q, v), (v_block, v, q)))
             else:
                 q, v = q_block(q, v), v_block(v, q)
         return q, v
@@ -323,8 +324,9 @@ class CLIPRC(nn.Module):
     or "kd" (Table 8).
     initialiser: the decoder's start: "released" is PyTorch's default, the layers of a branch copies of each other, which is
     what trained the paper's models; "truncated_normal" is the initialiser that the released code defines, never called.
-    dropout: everywhere. class_embedding_twice: see `rlb_attention.Encoder`. recompute: see `TwoWayDecoder`; None:
-    from 256 regions on. It changes what a training step costs, not what it computes.
+    dropout: of prompts, and of the decoders' attention weights and layers. class_embedding_twice: see
+    `rlb_attention.Encoder`. recompute: see `TwoWayDecoder`; None: from 256 regions on. It changes what a training step
+    costs, not what it computes.
     Raises ValueError for settings that do not go together.
     """
 
@@ -396,12 +398,12 @@ class CLIPRC(nn.Module):
 
         images: (B, 3, H, W), normalised. text: T (C, D), rows of unit length.
         """
-        logits, _ = self.features_to_logits(images, text)
+        logits, _ = self.logits_and_parts(images, text)
         return logits
 
-    def features_to_logits(self, images: Tensor, text: Tensor) -> tuple[Tensor, dict | None]:
+    def logits_and_parts(self, images: Tensor, text: Tensor) -> tuple[Tensor, dict | None]:
         """Fig. 3 (a): `forward`, and what the recovery loss starts from."""
-        grid = tuple(size // self.encoder.visual.conv1.kernel_size[0] for size in images.shape[-2:])  # (h, w)
+        grid = tuple(size // self.encoder.patch_size for size in images.shape[-2:])  # (h, w)
         logits, parts = self.decode(*self.encoder(images), text, grid)
         return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False), parts
 
@@ -414,7 +416,7 @@ class CLIPRC(nn.Module):
         transductive setting). pairs: P, where this is a part of a batch whose P is known (`present_pairs`).
         Returns "mask" and "dice", and with RDL "recovery_q" and "recovery_v".
         """
-        logits, parts = self.features_to_logits(images, text)
+        logits, parts = self.logits_and_parts(images, text)
         if unseen:
             labels = pseudo_labels(logits, labels, unseen)
         mask, dice = segmentation_losses(logits, labels, pairs)
@@ -439,15 +441,16 @@ class CLIPRC(nn.Module):
 
 
 def compile_parts(network: CLIPRC) -> None:
-    """Has torch.compile translate the encoder and the decoders when they first run: minutes once, then quicker steps.
+    """Fig. 3: has torch.compile translate the encoder and the decoders when they first run: minutes once, then quicker
+    steps.
 
     On a GPU the encoder's attention then skips the blocks of the mask that nobody attends to (Fig. 5).
     """
     network.encoder.block_sparse = next(network.parameters()).device.type == "cuda"
-    network.encoder.layers = torch.compile(network.encoder.layers)
-    for part in (network.decoder, getattr(network.recovery, "decoder", None)):
-        if part is not None:
-            part.compile()
+    network.encoder.run_layers = torch.compile(network.encoder.run_layers)
+    decoders = [network.decoder] if hasattr(network, "ram") else [*network.decoder]
+    for part in decoders + ([network.recovery.decoder] if network.recovery else []):
+        part.compile()
 
 
 # ------------------------------------------------------------------------------------------------------ losses
@@ -474,9 +477,10 @@ def pseudo_labels(logits: Tensor, labels: Tensor, unseen: Sequence[int]) -> Tens
 
 
 def present_pairs(labels: Tensor, num_classes: int) -> Tensor:
-    """Sec. 3.5's P, a scalar: the (image, class) pairs present in a batch, averaged over the processes, at least 1."""
+    """Sec. 3.5 as released, P, a scalar: the (image, class) pairs present in a batch, averaged over the processes, at
+    least 1."""
     sizes = torch.zeros(len(labels), num_classes + 1, device=labels.device)
-    index = torch.where(labels == IGNORED, num_classes, labels).long().flatten(1)  # (B, H W)
+    index = torch.where(labels == IGNORE, num_classes, labels).long().flatten(1)  # (B, H W)
     P = sizes.scatter_(1, index, 1.0)[:, :num_classes].sum()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(P)
@@ -496,7 +500,7 @@ def segmentation_losses(logits: Tensor, labels: Tensor, pairs: Tensor | None = N
     were negative everywhere, with the sign of that one logit flipped, and put right by what that one class adds.
     """
     P = present_pairs(labels, logits.shape[1]) if pairs is None else pairs
-    labelled = labels != IGNORED  # (B, H, W)
+    labelled = labels != IGNORE  # (B, H, W)
     target = torch.where(labelled, labels, 0).long()[:, None]  # (B, 1, H, W)
     x_t = logits.gather(1, target)  # (B, 1, H, W), the logit of each pixel's own class
     z = logits.scatter(1, target, torch.where(labelled[:, None], -x_t, x_t))  # the larger, the worse
@@ -511,7 +515,8 @@ def segmentation_losses(logits: Tensor, labels: Tensor, pairs: Tensor | None = N
     focal = focal / labelled.shape[1]
 
     def per_class(values: Tensor) -> Tensor:  # sum of a per-pixel value over the pixels of each class: (B, C)
-        return logits.new_zeros(logits.shape[:2]).scatter_add(1, target, labelled * values)
+        sums = logits.new_zeros(logits.shape[:2], dtype=torch.float64)  # added one by one, they would lose digits in float32
+        return sums.scatter_add(1, target, (labelled * values).double()).to(logits.dtype)
 
     sum_t, sum_pt = per_class(torch.ones_like(p_t)), per_class(p_t)
     sum_p = wrong.flatten(2).sum(-1) + per_class(2 * p_t - 1)  # at its own class a pixel was counted as 1 - p

@@ -12,7 +12,6 @@ picture. A photo is used upright, as its EXIF orientation asks; what is transpar
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import draw
-from eval import LOWER, UntrainedClip, autocast, cell_answers, slide_inference, start_processes
+from eval import LOWER, UntrainedClip, autocast, cell_answers, run_script, slide_inference, start_processes
 from model import CLIPRC, encode_names, model_from_checkpoint, read_checkpoint
 
 
@@ -110,9 +109,8 @@ def open_predictor(path: str, words: tuple[list[str], set[int]] | None, device: 
     if names != own or args.template:  # before the model is loaded: a whole CLIP and it would be twice the memory
         text = encode_names(checkpoint, path, names, templates, args.clip)
     model = model_from_checkpoint(checkpoint, path, args.clip)
-    visual, m = model.encoder.visual, model.encoder.region_grid
     stride = max(1, crop * 426 // 512) if args.stride is None else args.stride
-    unit = visual.conv1.kernel_size[0] * max(1, m)  # so that every region has a whole number of patches
+    unit = model.encoder.patch_size * max(1, model.encoder.region_grid)  # so that every region has a whole number of patches
     if not 0 < crop <= 2048 or crop % unit:
         raise ValueError(f"--crop-size {crop}: {path} needs a multiple of {unit} pixels, 2048 at most")
     if not 0 < stride <= crop:
@@ -120,7 +118,8 @@ def open_predictor(path: str, words: tuple[list[str], set[int]] | None, device: 
     # lowering weighs seen against unseen: where only one kind is asked for, there is nothing to weigh
     weigh = run.get("setting", "inductive") == "inductive" and 0 < len(unseen) < len(names)
     lower = LOWER * weigh if args.lower is None else args.lower
-    return Predictor(model.to(device), text.to(device), names, unseen, crop, stride, lower, args.precision)
+    return Predictor(model.to(device), text.to(device), names, unseen, crop, stride, lower,
+                     args.precision or run.get("precision", "float32"))
 
 
 def label_map(scores: Tensor, size: tuple[int, int], threshold: float | None = None) -> np.ndarray:
@@ -201,7 +200,7 @@ def main() -> None:
     add("--crop-size", type=int, help="side of a window, in pixels; default: the training's, else 512")
     add("--stride", type=int, help="pixels from window to window; default: 426 for windows of 512, in proportion")
     add("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
-    add("--precision", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    add("--precision", choices=("float32", "bfloat16"), help="default: the training's")
     args = parser.parse_args()
 
     # everything that can be wrong is found before anything is written
@@ -257,7 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+    run_script(main)

@@ -82,13 +82,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
     if (dropout or q.is_cuda or q.dtype != torch.bfloat16 or torch.is_grad_enabled()
             or torch.compiler.is_compiling()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    # Inference in bfloat16 on a CPU: PyTorch's kernel is no quicker there than in single precision. The equation as it
-    # reads is, with the scores of one head, and of so few rows that a processor's cache holds them.
+    # Inference in bfloat16 on a CPU: PyTorch's kernel is no quicker there than in single precision (AMD EPYC). The equation
+    # as it reads is, with the scores of one head, and of so few rows that a processor's cache holds them. Taking the mean
+    # key off all keys shifts a row's scores alike, which the softmax undoes: they get small, and keep digits in bfloat16.
     bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf) if mask is not None else None  # (X, Y)
     out = q.new_empty(q.shape)
     for head_out, head_q, head_k, head_v in zip(*(heads.flatten(0, 1) for heads in (out, q, k, v))):  # (X or Y, d) each
+        keys = ((head_k.float() - head_k.float().mean(0)) / math.sqrt(q.shape[-1])).to(q.dtype)  # (Y, d)
         for i in range(0, len(head_q), 512):
-            scores = head_q[i:i + 512] @ (head_k / math.sqrt(q.shape[-1])).T  # (512, Y)
+            scores = head_q[i:i + 512] @ keys.T  # (512, Y)
             if bias is not None:
                 scores += bias[i:i + 512]
             head_out[i:i + 512] = scores.softmax(-1) @ head_v
@@ -112,10 +114,11 @@ def masked_attention(x: Tensor, attention: nn.MultiheadAttention, mask: Tensor |
 
 
 def feed_forward(x: Tensor, mlp: nn.Sequential) -> Tensor:
-    """The second half of a layer of CLIP's, with the weights of CLIP's own `mlp`. x: (B, E, D_v). Returns (B, E, D_v).
+    """Sec. 3.2: the second half of a layer of CLIP's, with the weights of CLIP's own `mlp`. x: (B, E, D_v). Returns the
+    same shape.
 
     CLIP's activation x sigmoid(1.702 x) is SiLU(1.702 x) / 1.702: taken into the two products, its factors cost nothing,
-    and one tensor of 4 D_v numbers a token is made where there would be three.
+    and one tensor of 4 D_v numbers a token is made where there would be three (two, where gradients are wanted).
     """
     up, down = mlp.c_fc, mlp.c_proj
     hidden = torch.addmm(up.bias, x.flatten(0, 1), up.weight.T, beta=1.702, alpha=1.702)  # (B E, 4 D_v)
@@ -140,16 +143,16 @@ class Encoder(nn.Module):
         self.region_grid = math.isqrt(max(regions, 0))
         if self.region_grid**2 != regions:
             raise ValueError(f"regions: {regions} is not a square number; region tokens stand on an m x m grid")
-        self.visual = visual.requires_grad_(False)
+        self.visual, self.patch_size = visual.requires_grad_(False), visual.conv1.kernel_size[0]
         self.class_embedding_twice = class_embedding_twice
         self.block_sparse = False  # see `attention_mask`; `model.compile_parts` switches it on where it pays
-        width, patch_size = visual.conv1.out_channels, visual.conv1.kernel_size[0]
+        width = visual.conv1.out_channels
 
         # Each region token starts as CLIP's own [CLS] input, so that CLIP treats a region as it would an image.
         start = visual.class_embedding + visual.positional_embedding[0]  # (D_v)
         self.regions = nn.Parameter(start.detach().repeat(regions, 1), requires_grad=update_regions)
 
-        bound = math.sqrt(6 / (3 * patch_size**2 + width))  # visual prompt tuning's start
+        bound = math.sqrt(6 / (3 * self.patch_size**2 + width))  # visual prompt tuning's start
         self.prompts = nn.Parameter(torch.empty(len(visual.transformer.resblocks), num_prompts, width))
         nn.init.uniform_(self.prompts, -bound, bound)
         self.prompt_proj = nn.Linear(width, width)
@@ -179,7 +182,7 @@ class Encoder(nn.Module):
         cls, regions = cls.expand(batch, 1, -1), self.regions.expand(batch, -1, -1)
         return visual.ln_pre(torch.cat([cls, patches, regions], dim=1))  # (B, 1 + N + M, D_v)
 
-    def layers(self, x: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    def run_layers(self, x: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
         """Eq. 2: CLIP's L layers, each with prompts of its own. x: X^0 as `embed` makes it. Returns X^L (B, E, D_v)."""
         batch, K = len(x), self.prompts.shape[1]
         x = torch.cat([x[:, :1], self.layer_prompts(0, batch), x[:, 1:]], dim=1)  # (B, E, D_v)
@@ -197,13 +200,12 @@ class Encoder(nn.Module):
         Raises ValueError where the image does not split into patches, or the patches into regions.
         """
         K, M = self.prompts.shape[1], len(self.regions)
-        patch_size = self.visual.conv1.kernel_size[0]
-        if any(size % patch_size or size < patch_size for size in images.shape[-2:]):
+        if any(size % self.patch_size or size < self.patch_size for size in images.shape[-2:]):
             raise ValueError(f"crop-size: an image of {images.shape[-1]}x{images.shape[-2]} pixels is not a whole "
-                             f"number of this CLIP's {patch_size}-pixel patches")
-        grid = tuple(size // patch_size for size in images.shape[-2:])  # (h, w)
+                             f"number of this CLIP's {self.patch_size}-pixel patches")
+        grid = tuple(size // self.patch_size for size in images.shape[-2:])  # (h, w)
         mask = attention_mask(K, grid, self.region_grid, images.device, self.block_sparse) if M else None
-        x = self.layers(self.embed(images), mask)  # (B, E, D_v)
+        x = self.run_layers(self.embed(images), mask)  # (B, E, D_v)
 
         first_region = x.shape[1] - M
         x = torch.cat([self.prompt_norm(x[:, :first_region]), x[:, first_region:]], dim=1)  # regions stay CLIP's own

@@ -4,10 +4,11 @@
     torchrun --nproc-per-node=8 train.py --dataset voc --data-root VOCdevkit/VOC2012  the paper's run, 8 GPUs
     torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...    two machines
 
-Every flag has a default that depends on the data set and the setting: `python train.py --help` lists them. A run writes
-to --out: log.jsonl (a line per logged step), last.pt (its newest state), half.pt (from the middle of an inductive run,
-where a transductive one starts), loss.png. Stop it as you like; the same command with --resume goes on where last.pt is,
-and ends with the very weights that it would have had (torchrun --max-restarts=3 ... --resume does so by itself).
+Many defaults depend on the data set and the setting: `python train.py --help` lists them. A run writes to --out:
+log.jsonl (a line per logged step), last.pt (its newest state), half.pt (from the middle of an inductive run, where a
+transductive one starts), loss.png. Stop it as you like; the same command with --resume goes on where last.pt is, and
+ends with the very weights that it would have had, on a GPU up to rounding (torchrun --max-restarts=3 ... --resume does
+so by itself).
 """
 
 import argparse
@@ -204,16 +205,16 @@ def backward(model: CLIPRC, images: Tensor, labels: Tensor, text: Tensor, s: Set
         sum(losses.values()).backward()
         return losses
     batches = list(zip(images.chunk(parts), labels.chunk(parts)))
-    first_draw = torch.initial_seed()
+    first_seed = torch.initial_seed()
     if unseen:  # the loss divides by the pairs in the whole batch, so the parts' pseudo labels must be known beforehand
         with torch.no_grad(), autocast(images.device, s.precision):
             for n, (image, label) in enumerate(batches):
-                torch.manual_seed(first_draw + n)  # with the very dropout that the part will meet again below
+                torch.manual_seed(first_seed + n)  # with the very dropout that the part will meet again below
                 label.copy_(pseudo_labels(model(image, text), label, unseen))
     pairs = present_pairs(labels, len(text)) / parts
     total = {}
     for n, (image, label) in enumerate(batches):
-        torch.manual_seed(first_draw + n)
+        torch.manual_seed(first_seed + n)
         with autocast(images.device, s.precision):
             losses = model.losses(image, label, text, weights, (), pairs)
         sum(losses.values()).div(parts).backward()
@@ -228,8 +229,11 @@ def load_trained(model: CLIPRC, checkpoint: dict, path: str | Path, clip_sha256:
     """
     if checkpoint["clip_sha256"] not in (None, clip_sha256):
         raise ValueError(f"{path} was trained on another CLIP file than --clip names (their SHA-256 differ)")
-    for name, value in model.settings.items():  # the rest do not change what a tensor means
-        if name not in ("initialiser", "dropout", "recovery_loss") and checkpoint["model"].get(name) != value:
+    may_differ = {"initialiser", "dropout", "recovery_loss"}  # they do not change what a tensor means
+    if model.recovery is None:  # without a recovery decoder one starts from what was trained with one
+        may_differ |= {"rdl", "recovery_layers"}
+    for name, value in model.settings.items():
+        if name not in may_differ and checkpoint["model"].get(name) != value:
             raise ValueError(f"{path} holds another model's weights: its {name} is {checkpoint['model'].get(name)!r}, "
                              f"not {value!r}")
     state, weights = model.state_dict(), checkpoint["weights"]
@@ -262,11 +266,11 @@ def claim_folder(s: Settings) -> dict | None:
         checkpoint = read_checkpoint(out / "last.pt")
         if not {"run", "optimizer", "step", "class_names", "unseen", "templates"} <= checkpoint.keys():
             raise ValueError(f"--resume: {out}/last.pt is no checkpoint of train.py; start from it with --init instead")
-        free = {"out", "resume", "ablate", "device", "workers", "recompute", "skip_bad", "log_every", "val_every",
+        may_differ = {"out", "resume", "ablate", "device", "workers", "recompute", "skip_bad", "log_every", "val_every",
                 "save_every", "data_root", "clip"}
         for name, now in asdict(s).items():
             then = checkpoint["run"].get(name, now)
-            if now != then and name not in free:
+            if now != then and name not in may_differ:
                 raise ValueError(f"--{name.replace('_', '-')} {now}: {out}/last.pt was trained with {then}; "
                                  f"use that, or another --out for a new run")
     elif (out / "log.jsonl").exists() or (out / "last.pt").exists():
@@ -312,7 +316,7 @@ def train(s: Settings) -> dict | None:
                    align=s.align, rdl=s.rdl and s.w_rec > 0, recovery_layers=s.recovery_layers,
                    recovery_loss=s.recovery_loss, initialiser=s.initialiser, dropout=s.dropout,
                    recompute=s.recompute).to(device)
-    patch_size = clip_model.visual.conv1.kernel_size[0]
+    patch_size = model.encoder.patch_size
     cells = s.crop_size / patch_size / max(1, model.encoder.region_grid)
     if s.crop_size % patch_size or cells != int(cells):
         raise ValueError(f"--crop-size {s.crop_size} and --regions {s.regions}: {s.crop_size / patch_size:g} patches of "
@@ -393,10 +397,10 @@ def train(s: Settings) -> dict | None:
     model.train()
     confusion, stopping = None, False
     listen(True)
-    clock = asked = time.perf_counter()
-    clocked, waited, training, waiting = start, 0.0, 0.0, 0.0  # seconds: for pictures since `clock`; the run's in all
+    logged_at = asked_at = time.perf_counter()
+    logged_step, waited, all_seconds, all_waited = start, 0.0, 0.0, 0.0  # waited: for pictures, since logged_at
     for step, (images, labels) in enumerate(loader, start=start):
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - asked_at
         # Dropout's numbers depend on seed, step and process alone, so a resumed run draws what it would have drawn.
         torch.manual_seed(int(np.random.SeedSequence((s.seed, step, rank)).generate_state(1)[0]))
         for group in optimizer.param_groups:
@@ -425,13 +429,13 @@ def train(s: Settings) -> dict | None:
                 raise ValueError(f"step {done}: the loss is {total}; what {out}/last.pt holds is from an earlier step. "
                                  f"Lower --lr, or look at the pictures with data.py --check")
             if rank == 0:
-                seconds, steps = time.perf_counter() - clock, done - clocked
-                training, waiting = training + seconds, waiting + waited
+                seconds, steps = time.perf_counter() - logged_at, done - logged_step
+                all_seconds, all_waited = all_seconds + seconds, all_waited + waited
                 note({"step": done, "loss": total, **values, "lr": learning_rate(step, s),
                       "seconds_per_step": round(seconds / steps, 4), "wait_per_step": round(waited / steps, 4)}
                      | ({"skipped": len(read_lines(skipped))} if s.skip_bad else {}))
                 bar.set_postfix(loss=f"{total:.3f}")
-            clock, clocked, waited = time.perf_counter(), done, 0.0
+            logged_at, logged_step, waited = time.perf_counter(), done, 0.0
         if rank == 0 and halfway:  # before last.pt: a run that goes on from there does not come by here again
             save("half.pt", done)
         if rank == 0 and saving:
@@ -447,12 +451,12 @@ def train(s: Settings) -> dict | None:
                 bar.write(f"step {done:,}: pAcc {metrics['pAcc']:.1f}  hIoU {metrics['hIoU']:.1f}  "
                           f"mIoU(S) {metrics['mIoU_S']:.1f}  mIoU(U) {metrics['mIoU_U']:.1f}")
             listen(True)
-            clock = time.perf_counter()
-        asked = time.perf_counter()
+            logged_at = time.perf_counter()
+        asked_at = time.perf_counter()
     listen(False)
     bar.close()
-    if rank == 0 and waiting > 0.1 * training:
-        print(f"the loop waited {waiting / training:.0%} of its time for pictures; more --workers would help")
+    if rank == 0 and all_waited > 0.1 * all_seconds:
+        print(f"the loop waited {all_waited / all_seconds:.0%} of its time for pictures; more --workers would help")
     if rank == 0 and s.skip_bad and (bad := read_lines(skipped)):
         print(f"{len(bad):,} training pictures were skipped, {skipped} names them:\n  " + "\n  ".join(bad[:5]))
 
@@ -471,7 +475,7 @@ def train(s: Settings) -> dict | None:
             rows = {"CLIP, untrained": zero_shot_metrics(floor, unseen)} | rows
         if rank == 0:
             lines = [line for line in read_log(out / "log.jsonl") if "loss" in line]
-            parts = [name for name in ("loss", "mask", "dice", "recovery_q", "recovery_v") if name in lines[-1]]
+            parts = [name for name in ("loss", "mask", "dice", "recovery_q", "recovery_v") if lines and name in lines[-1]]
             draw.save(draw.line_chart({name: [(line["step"], line[name]) for line in lines] for name in parts},
                                       f"{s.dataset}, {s.setting}: training losses", log_y=True), out / "loss.png")
             pictures = result_pictures(model.eval(), untrained, val_data, text, s.crop_size, stride, lower, seen)
@@ -581,7 +585,7 @@ def ablate(s: Settings) -> None:
     print(f"{'':<32}{'hIoU':>12}{'mIoU(S)':>13}{'mIoU(U)':>13}{'hIoU':>10}{'mIoU(S)':>9}{'mIoU(U)':>9}")
     for table, row, _, paper in rows:
         runs = finished.get(table + row)
-        columns = [torch.tensor([float(run[key] or 0) for run in runs])
+        columns = [torch.tensor([math.nan if run[key] is None else run[key] for run in runs])
                    for key in ("hIoU", "mIoU_S", "mIoU_U")] if runs else []
         ours = "".join(f"{column.mean():>8.1f} ±{column.std(correction=0):4.1f}" for column in columns)
         print(f"{table:<9}{row:<22}{ours or 'a region would be smaller than 2x2 patches':<41}"

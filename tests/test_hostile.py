@@ -294,6 +294,7 @@ ROWS: list[tuple[str, dict[str, object], str]] = [
         ("--stride 0", "--stride"), ("--stride 33", "--stride"), ("--stride x", "--stride"), ("--lower 2", "--lower"),
         ("--lower nan", "--lower"), ("--workers -1", "--workers"), (f"--workers {HUGE}", "--workers"),
         ("--unseen-names permuted", "--unseen-names"), ("--unseen-names swapped", "--unseen-names"), ("--split test", "--split"),
+        ("--seen-only --unseen-names random", "--seen-only"),
         ("--device tpu", "--device"), ("--data-root nowhere", "nowhere"), ("--save /proc/new", "/proc/new"),
         ("--precision float7", "--precision")]),
     # predict.py (more of it in test_predict.py)

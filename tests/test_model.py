@@ -157,6 +157,14 @@ def test_losses_without_one_hot_targets_are_the_equations(ignored, scale):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
+def test_losses_keep_their_digits_over_the_pixels_of_a_real_picture():
+    labels = torch.zeros(1, 512, 512, dtype=torch.int64)
+    labels[:, 400:] = 1
+    logits = torch.linspace(-1, 1, 3)[None, :, None, None].expand(1, 3, 512, 512)  # 204,800 times the same number
+    for ours, exact in zip(model.segmentation_losses(logits, labels), bench.losses_as_written(logits.double(), labels)):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["l1", "l2", "kd"])
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_recovery_loss_compares_with_descriptors_and_patches(kind, layers):

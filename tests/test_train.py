@@ -223,6 +223,17 @@ def test_a_transductive_run_starts_from_the_inductive_runs_middle(flags, tmp_pat
     assert any(not torch.equal(tensor, middle[name]) for name, tensor in weights(tmp_path / "run").items())
 
 
+def test_a_run_without_the_recovery_loss_starts_from_one_that_had_it(flags, tmp_path):
+    assert run(*flags, "--iterations", "2").returncode == 0
+    flags = [*flags, "--iterations", "2", "--setting", "supervised", "--w-rec", "0", "--out", str(tmp_path / "next"),
+             "--init", str(tmp_path / "run/last.pt")]
+    without = run(*flags)
+    assert without.returncode == 0, without.stderr
+    (tmp_path / "next/log.jsonl").unlink()  # and a finished run without its log still tells its result
+    again = run(*flags, "--resume")
+    assert again.returncode == 0 and "mIoU(U)" in again.stdout, again.stderr
+
+
 @pytest.mark.parametrize("setting", ["inductive", "transductive"])
 def test_accumulated_parts_compute_what_the_whole_batch_does(flags, tmp_path, setting):
     flags = [*flags, "--iterations", "3", "--dropout", "0", "--setting", setting, "--init", ""]
