@@ -102,6 +102,8 @@ def main() -> None:
         state_dict = torch_load(args.released)
         if not isinstance(state_dict, dict):
             raise pickle.UnpicklingError
+        if "format" in state_dict:
+            raise ValueError(f"{args.released} is a checkpoint of this code already; use it as it is")
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
         raise ValueError(f"{args.released} is not a checkpoint of tensors that can be read safely; "
                          f"fetch it again") from error

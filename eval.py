@@ -264,10 +264,10 @@ def result_pictures(model: CLIPRC, untrained: UntrainedClip, dataset: data.Datas
         labels = [np.array(Image.fromarray(each.numpy()).resize(size, Image.Resampling.NEAREST))
                   for each in (*predictions, label)]
         row = [picture]
+        counted = Image.fromarray(labels[-1] != data.IGNORE)
         for each in labels:  # in full only where there is a truth to compare with
             full = draw.overlay(np.array(picture), each, colours, 0.75)
-            counted = np.where(labels[-1] == data.IGNORE, data.IGNORE, each)
-            row.append(draw.overlay(np.array(Image.blend(picture, full, 0.3)), counted, colours, 0.75))
+            row.append(Image.composite(full, Image.blend(picture, full, 0.3), counted))
         rows.append(row)
         shown |= set(np.unique(labels).tolist()) - {data.IGNORE}
         if model.encoder.region_grid:
@@ -368,8 +368,12 @@ def main() -> None:
 
     checkpoint = read_checkpoint(args.checkpoint)
     run = checkpoint.get("run", {})  # train.py's settings; a converted checkpoint has none
-    name, root = args.dataset or run.get("dataset"), args.data_root or run.get("data_root")
-    if not name or not root:
+    name, root = args.dataset or run.get("dataset"), args.data_root
+    if root is None and name == run.get("dataset"):
+        root = run.get("data_root")
+    if name and not root:
+        raise ValueError(f"--data-root: where is {name}? Give its folder")
+    if not name:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on; give --dataset and --data-root")
     dataset = data.open_dataset(name, root, args.split)
     same_names = tuple(checkpoint.get("class_names", ())) == dataset.class_names

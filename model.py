@@ -80,8 +80,8 @@ def clip_file(name_or_path: str | Path) -> Path:
             torch.hub.download_url_to_file(f"{CLIP_URL}/{sha256}/{file_name}", str(path), hash_prefix=sha256,
                                            progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"--clip {name_or_path}: the download of {file_name} failed ({error}); "
-                             f"fetch it elsewhere and give its path") from error
+            raise ValueError(f"--clip {name_or_path}: the download failed ({error}); fetch "
+                             f"{CLIP_URL}/{sha256}/{file_name} elsewhere and give its path") from error
     elif file_sha256(path) != sha256:
         raise ValueError(f"--clip {name_or_path}: {path} is not OpenAI's file (its SHA-256 differs); "
                          f"delete it and try again")

@@ -276,7 +276,7 @@ def claim_folder(s: Settings) -> dict | None:
     elif (out / "log.jsonl").exists() or (out / "last.pt").exists():
         kept = next(path for n in range(1, 10**6) if not (path := Path(f"{out}.{n}")).exists())
         os.rename(out, kept)
-        print(f"the run in {out} is kept as {kept} (--resume would go on with it)")
+        print(f"the run in {out} is kept as {kept} (--resume would have gone on with it)")
     out.mkdir(parents=True, exist_ok=True)
     return checkpoint
 
@@ -287,6 +287,8 @@ def train(s: Settings) -> dict | None:
     device = start_processes(s.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     toy_world = s.dataset == "toy" and s.data_root is None
+    if not toy_world:
+        data.open_dataset(s.dataset, s.data_root, "train")  # a wrong folder is told before anything is fetched
     for turn in (rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):  # one process fetches for all, then one a machine
         if turn:
             clip_file(s.clip)

@@ -325,7 +325,7 @@ ROWS: list[tuple[str, dict[str, object], str]] = [
     *(("convert.py", {"released.pth": how}, "released.pth") for how in (
         "gone", "empty", "cut", "text", "zip", "a photo", "code", "code in a zip", "list", "NaN", "infinity", "folder", "unreadable",
         entry("state_dict", 7), entry("state_dict", {}), entry("state_dict", {"layer": 1}), entry("state_dict", {7: torch.ones(1)}),
-        entry("state_dict", {"backbone.proj": "x"}),
+        entry("state_dict", {"backbone.proj": "x"}), entry("format", "clip-rc 1"),
         altered(lambda s: s["state_dict"].update({"backbone.conv1.weight": torch.ones(4, 3, 0, 0)})),
         altered(lambda s: s["state_dict"].update({"backbone.proj": torch.ones(1).expand(10**6, 10**6)})),
         altered(lambda s: s["state_dict"].update({"backbone.prompt_embeddings": torch.ones(3)})),

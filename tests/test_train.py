@@ -149,6 +149,7 @@ def test_run_ends_with_the_table_that_eval_prints_again(flags, voc, clip_path, t
     checkpoint = read_checkpoint(folder / "last.pt")
     assert not any("encoder.visual" in name for name in checkpoint["weights"])
     assert checkpoint["class_names"][15] == "pottedplant" and checkpoint["unseen"] == [15, 16, 17, 18, 19]
+    assert "--data-root" in refused(str(tmp_path / "run" / "last.pt"), "--dataset", "context", program="eval.py")  # not VOC's
 
 
 @pytest.mark.parametrize("name", ["context", "coco-stuff", "coco-stuff, raw", "folder"])
