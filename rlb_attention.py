@@ -86,11 +86,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
     # as it reads is, with the scores of one head, and of so few rows that a processor's cache holds them. Taking the mean
     # key off all keys shifts a row's scores alike, which the softmax undoes: they get small, and keep digits in bfloat16.
     bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf) if mask is not None else None  # (X, Y)
+    k = k.float()
+    k = ((k - k.mean(2, keepdim=True)) / math.sqrt(q.shape[-1])).to(q.dtype)  # (B, heads, Y, d)
     out = q.new_empty(q.shape)
     for head_out, head_q, head_k, head_v in zip(*(heads.flatten(0, 1) for heads in (out, q, k, v))):  # (X or Y, d) each
-        keys = ((head_k.float() - head_k.float().mean(0)) / math.sqrt(q.shape[-1])).to(q.dtype)  # (Y, d)
         for i in range(0, len(head_q), 512):
-            scores = head_q[i:i + 512] @ keys.T  # (512, Y)
+            scores = head_q[i:i + 512] @ head_k.T  # (512, Y)
             if bias is not None:
                 scores += bias[i:i + 512]
             head_out[i:i + 512] = scores.softmax(-1) @ head_v
