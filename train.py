@@ -267,7 +267,7 @@ def claim_folder(s: Settings) -> dict | None:
         if not {"run", "optimizer", "step", "class_names", "unseen", "templates"} <= checkpoint.keys():
             raise ValueError(f"--resume: {out}/last.pt is no checkpoint of train.py; start from it with --init instead")
         may_differ = {"out", "resume", "ablate", "device", "workers", "recompute", "skip_bad", "log_every", "val_every",
-                "save_every", "data_root", "clip"}
+                      "save_every", "data_root", "clip"}
         for name, now in asdict(s).items():
             then = checkpoint["run"].get(name, now)
             if now != then and name not in may_differ:
@@ -287,16 +287,16 @@ def train(s: Settings) -> dict | None:
     device = start_processes(s.device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     toy_world = s.dataset == "toy" and s.data_root is None
-    if not toy_world:
-        data.open_dataset(s.dataset, s.data_root, "train")  # a wrong folder is told before anything is fetched
-    for turn in (rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):  # one process fetches for all, then one a machine
-        if turn:
-            clip_file(s.clip)
-            if toy_world:
-                toy.default_world()
-        if world > 1:
-            dist.barrier()
+
+    def fetch(get, *arguments) -> None:  # one process for all, then one a machine
+        for turn in (rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
+            if turn:
+                get(*arguments)
+            if world > 1:
+                dist.barrier()
+
     if toy_world:
+        fetch(toy.default_world)
         s.data_root = str(toy.DEFAULT_WORLD)
     train_data, val_data = (data.open_dataset(s.dataset, s.data_root, split) for split in ("train", "val"))
     if s.unseen is not None:
@@ -307,6 +307,7 @@ def train(s: Settings) -> dict | None:
         train_data = data.seen_classes(train_data)  # from here on training knows no other name, mask or number
     if s.batch_size % (world * s.accumulate):
         raise ValueError(f"--batch-size {s.batch_size}: {world} processes in {s.accumulate} parts cannot share it evenly")
+    fetch(clip_file, s.clip)
     clip_path = clip_file(s.clip)
     clip_sha256, clip_model = file_sha256(clip_path), load_clip(clip_path)
     text = encode_text(clip_model, names, train_data.templates).to(device)  # T of all names, for testing

@@ -1,13 +1,19 @@
 """Sec. 4.3: windows, confusion, metrics, against counting by hand and against the released code."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import convert
-from eval import class_iou, class_table, confusion_matrix, paper_table, slide_images, slide_inference, window_corners, zero_shot_metrics
+import data
+import eval
+from eval import (class_iou, class_table, confusion_matrix, paper_table, slide_images, slide_inference, window_corners,
+                  zero_shot_metrics)
 
 
 def lowering(golden: dict) -> tuple[float, list[int]]:
@@ -102,3 +108,20 @@ def test_class_table_marks_unseen_classes():
     assert table[1].split() == ["cat", "75.0", "75.0", "100.0%"] and table[2].split() == ["*", "sofa", "0.0", "-", "0.0%"]
     marked = class_table(torch.eye(3), ["red mat", "blue mat", "green rug"], unseen=[1, 2], new=[2]).splitlines()
     assert [line[:2] for line in marked[1:]] == ["  ", "* ", "**", "**"] and "no training mask" in marked[-1]
+
+
+def test_the_result_pictures_outline_what_was_predicted_not_the_truth(tmp_path, monkeypatch):
+    label = np.full((64, 64), 255, np.uint8)
+    label[16:48, 16:48] = 1
+    Image.new("RGB", (64, 64), (90, 90, 90)).save(tmp_path / "a.png")
+    Image.fromarray(label).save(tmp_path / "a_mask.png")
+    dataset = data.Dataset("folder", ("floor", "rug"), (1,), (), [(tmp_path / "a.png", tmp_path / "a_mask.png")],
+                           np.arange(256, dtype=np.uint8))
+    everywhere_a_rug = torch.tensor([0.0, 1.0])[:, None, None].expand(2, 64, 64)
+    monkeypatch.setattr(eval, "slide_inference", lambda *_: everywhere_a_rug)
+    model = SimpleNamespace(encoder=SimpleNamespace(region_grid=0))
+    sheet = np.asarray(eval.result_pictures(model, None, dataset, torch.eye(2), 64, 53, 0.1, [0])["results.png"])
+    top = next(y for y in range(len(sheet)) if tuple(sheet[y, 20]) == (90, 90, 90))  # under the captions
+    colours = [len(np.unique(sheet[top:top + 224, x:x + 224].reshape(-1, 3), axis=0)) for x in range(12, 900, 230)]
+    assert colours[:3] == [1, 2, 2]  # the picture; a rug, in full and faint, and no line between
+    assert colours[3] > 2  # the truth's rug has its outline

@@ -477,7 +477,7 @@ def test_two_hosts_compute_what_one_process_does(flags, tmp_path):
         assert (weights(tmp_path / "several")[name] - tensor).norm() <= 1e-5 * max(tensor.norm(), 1e-3), name
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_compute_what_one_does(flags, tmp_path, processes):
     flags = [*flags, "--iterations", "5", "--dropout", "0"]
     one, several = tmp_path / "one", tmp_path / "several"
