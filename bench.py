@@ -20,6 +20,7 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
@@ -94,6 +95,8 @@ def as_written():
     """While it lasts, CLIP-RC (with RAM) is computed by the literal equations above."""
     with ExitStack() as stack:
         for where, name, literal in ((F, "scaled_dot_product_attention", attention_as_written),
+                                     (rlb_attention, "attend_unmasked",
+                                      lambda q, k, v, mask, num_regions: attention_as_written(q, k, v, mask)),
                                      (rlb_attention, "feed_forward", lambda x, mlp: mlp(x)),
                                      (RegionAlignment, "forward", alignment_as_written),
                                      (CLIPRC, "decode", decode_as_written),
@@ -166,8 +169,9 @@ def product_rate(device: torch.device, precision: str, side: int = 2048) -> floa
 def multiply_adds(case, regions: int, images: int = 1, size: int = 512) -> float:
     """10^9 multiply-adds of a case at ViT-B/16's size, attention included; a forward pass is Table 6's GFLOPs column.
 
-    Counted on the meta device, which computes shapes only: there attention is spelled out as matrix products. A training
-    step has its backward pass in it, but for the gradients of frozen weights, which nobody computes.
+    Counted on the meta device, which computes shapes only: there attention is spelled out as matrix products, and masked
+    scores count, also where `attend_unmasked` saves them. A training step has its backward pass in it, but for the gradients
+    of frozen weights, which nobody computes.
     """
     with torch.device("meta"):
         work = case(vit_b16(regions, recompute=False), images, "float32", torch.device("meta"), size)
@@ -176,10 +180,27 @@ def multiply_adds(case, regions: int, images: int = 1, size: int = 512) -> float
     return counter.get_total_flops() / 2 / 1e9  # the counter counts a multiply-add as two
 
 
+def times_in_turn(case, regions: int, images: int, device: str, size: int, rounds: int, compiled: bool) -> list[list[float]]:
+    """Seconds of a case as written in single precision, as computed here, and so in bfloat16, in turn, `rounds` times."""
+    device = torch.device(device)
+    plain, ours = vit_b16(regions, recompute=False).to(device), vit_b16(regions).to(device)
+    if compiled:
+        model.compile_parts(ours)
+    works = [case(plain, images, "float32", device, size), case(ours, images, "float32", device, size),
+             case(ours, images, "bfloat16", device, size)]
+    times = []
+    for _ in tqdm(range(rounds + 1), f"M = {regions}", leave=False, disable=None):
+        with as_written():
+            first = seconds(works[0], device)
+        times.append([first, *(seconds(work, device) for work in works[1:])])
+    return times[1:]  # the first round warms up
+
+
 def speed(device: torch.device, rounds: int, compiled: bool, size: int = 512) -> list[dict]:
     """Seconds of each case as written in single precision and as this code computes it, in turn, `rounds` times.
 
-    The ratios are medians over the rounds: a machine whose speed drifts spoils seconds, not ratios.
+    The ratios are medians over the rounds: a machine whose speed drifts spoils seconds, not ratios. Each case has a process
+    of its own: in memory that an earlier one gave back, the equations as written run up to twice as fast.
     """
     best = {precision: product_rate(device, precision) for precision in ("float32", "bfloat16")}
     print(f"large products: {best['float32']:,.0f} G multiply-adds a second in float32, {best['bfloat16']:,.0f} in bfloat16")
@@ -189,19 +210,10 @@ def speed(device: torch.device, rounds: int, compiled: bool, size: int = 512) ->
     cases = [("forward pass, 1 image", forward_case, 16, 1), ("forward pass, 1 image", forward_case, 256, 1),
              (f"training step, {batch} images", training_case, 16, batch), ("training step, 1 image", training_case, 256, 1)]
     for name, case, regions, images in cases:
-        plain, ours = vit_b16(regions, recompute=False).to(device), vit_b16(regions).to(device)
-        if compiled:
-            model.compile_parts(ours)
-        works = [case(plain, images, "float32", device, size), case(ours, images, "float32", device, size),
-                 case(ours, images, "bfloat16", device, size)]
-        times = []
-        for turn in tqdm(range(rounds + 1), f"{name}, M = {regions}", leave=False, disable=None):
-            with as_written():
-                first = seconds(works[0], device)
-            times.append([first, *(seconds(work, device) for work in works[1:])])
-        times = np.array(times[1:])  # the first round warms up
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            times = np.array(pool.submit(times_in_turn, case, regions, images, str(device), size, rounds, compiled).result())
         row = {"case": name, "regions": regions, "G multiply-adds": multiply_adds(case, regions, images, size),
-               "as written": np.median(times[:, 0])}
+               "as written": np.median(times[:, 0]), "rounds": times.tolist()}
         line = f"{f'{name}, M = {regions}':<36}{row['as written']:>11.3f}"
         for i, precision in ((1, "float32"), (2, "bfloat16")):
             row[precision] = {"seconds": np.median(times[:, i]), "ratio": np.median(times[:, 0] / times[:, i])}
@@ -242,8 +254,8 @@ def memory(device: torch.device, size: int = 512) -> list[dict]:
         for name, literal in (("as written", True), ("ours", False)):
             if literal and (regions > 256 or precision == "bfloat16"):
                 continue
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row[name] = pool.apply(peak_memory, (str(device), size, regions, images, precision, literal))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                row[name] = pool.submit(peak_memory, str(device), size, regions, images, precision, literal).result()
         cells = ("{GB:>9.2f} GB {seconds:>6.1f} s".format(**row[name]) if name in row else "-"
                  for name in ("as written", "ours"))
         print(f"{f'M = {regions}, {images} images':<26}{precision:<11}" + "".join(f"{cell:>20}" for cell in cells))

@@ -7,8 +7,9 @@ import torch
 from conftest import make_clip
 
 import bench
+import rlb_attention
 from model import CLIPRC
-from rlb_attention import Encoder, attend, draw_mask, masked_attention, region_mask
+from rlb_attention import Encoder, attend, attend_unmasked, draw_mask, masked_attention, region_mask
 
 
 def drawn(rows: str) -> torch.Tensor:
@@ -101,6 +102,40 @@ def test_attention_in_bfloat16_without_gradients_is_equation_2(masked, monkeypat
     for ours in (by_pytorch, by_heads):
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("num_prompts, grid, region_grid", [(2, 4, 2), (0, 4, 4), (5, (4, 6), 2), (1, (2, 3), 1), (3, 24, 12)])
+@pytest.mark.parametrize("dtype, spread, tolerance", [
+    (torch.float32, 1, 1e-6), (torch.bfloat16, 1, 0.005),
+    (torch.float32, 30, 1e-6), (torch.bfloat16, 30, 0.03)])  # a region token may get all of a patch's attention, or none
+def test_attention_without_the_masked_scores_is_equation_2(num_prompts, grid, region_grid, dtype, spread, tolerance):
+    torch.manual_seed(0)
+    mask = region_mask(num_prompts, grid, region_grid)
+    q, k, v = (torch.randn(2, len(mask), 3, 16).transpose(1, 2) for _ in range(3))
+    q, k, v = q.to(dtype), (spread * k).to(dtype), v.to(dtype)
+    expected = bench.attention_as_written(q.double(), k.double(), v.double(), mask)
+    with torch.no_grad():
+        ours = attend_unmasked(q, k, v, mask, region_grid**2)
+    assert ours.dtype == dtype and ours.shape == q.shape
+    assert (ours - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_many_regions_give_the_same_features_with_gradients_without_and_as_written(dtype, tolerance, monkeypatch):
+    encoder = Encoder(make_clip().visual, num_prompts=3, regions=256).eval()
+    images = torch.randn(2, 3, 256, 256)
+    expected = encoder(images)
+    calls = []
+    monkeypatch.setattr(rlb_attention, "attend_unmasked", lambda *args: calls.append(1) or attend_unmasked(*args))
+    with torch.no_grad(), bench.as_written():
+        as_written = encoder(images)
+    assert not calls
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = encoder(images)
+    assert len(calls) == len(encoder.prompts)  # once a layer
+    for ours_, literal, right in zip(ours, as_written, expected):
+        assert (ours_ - right).norm() < tolerance * right.norm()
+        torch.testing.assert_close(literal, right)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
