@@ -258,7 +258,8 @@ def memory(device: torch.device, size: int = 512) -> list[dict]:
                 row[name] = pool.submit(peak_memory, str(device), size, regions, images, precision, literal).result()
         cells = ("{GB:>9.2f} GB {seconds:>6.1f} s".format(**row[name]) if name in row else "-"
                  for name in ("as written", "ours"))
-        print(f"{f'M = {regions}, {images} images':<26}{precision:<11}" + "".join(f"{cell:>20}" for cell in cells))
+        label = f"M = {regions}, {images} image" + "s" * (images > 1)
+        print(f"{label:<26}{precision:<11}" + "".join(f"{cell:>20}" for cell in cells))
         table.append(row)
     return table
 

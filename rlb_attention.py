@@ -13,6 +13,7 @@ Symbols: B images, D_v the encoder's width, D the width of the space that images
 """
 
 import argparse
+import itertools
 import math
 import sys
 from functools import lru_cache
@@ -105,13 +106,13 @@ def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
         own_score = (q * (own_k - mean)).sum(-1) / math.sqrt(q.shape[-1])  # (B, heads, X)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))  # (B, heads, Y + 1, d)
     out = q.new_empty(q.shape)
-    for head in range(out.shape[0] * out.shape[1]):
-        at = divmod(head, out.shape[1])
+    for at in itertools.product(range(out.shape[0]), range(out.shape[1])):  # (image, head)
         for i in range(0, q.shape[2], 512):
-            rows = (*at, slice(i, i + 512))
+            part = slice(i, i + 512)
+            rows = (*at, part)
             scores = q[rows] @ k[at].T  # (512, Y), (512, Y + 1) with own_k
             if bias is not None:
-                scores += bias[rows[2]]
+                scores += bias[part]
             if own_score is not None:
                 scores[:, -1] = own_score[rows]
             weights = scores.softmax(-1)
