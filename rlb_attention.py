@@ -98,7 +98,7 @@ def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     As in `attend`. own_k, own_v: (B, heads, X, d), a key and a value more for each row, which no other row reads.
     """
     bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf) if mask is not None else None  # (X, Y)
-    # Taking the mean key off all keys shifts a row's scores alike, which the softmax undoes: they get small, and keep digits.
+    # Taking the mean key off all keys shifts a row's scores alike, which the softmax undoes: small ones keep their digits.
     mean = k.float().mean(2, keepdim=True)  # (B, heads, 1, d)
     k = ((k - mean) / math.sqrt(q.shape[-1])).to(q.dtype)  # (B, heads, Y, d)
     own_score = None
