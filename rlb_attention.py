@@ -74,88 +74,6 @@ def attention_mask(num_prompts: int, grid: tuple[int, int], region_grid: int, de
                              *mask.shape, device=device)
 
 
-def cpu_inference(x: Tensor) -> bool:
-    """Is Eq. 2 computed on a CPU and without gradients, where it pays to take its sums apart?"""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Eq. 2's softmax(Q K^T / sqrt(d) + Mask) V, for heads side by side.
-
-    q (B, heads, X, d), k and v (B, heads, Y, d); mask (X, Y), True where a row may attend to a column. dropout: of the
-    softmax's values. Returns (B, heads, X, d).
-    """
-    if dropout or not cpu_inference(q) or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return attend_by_heads(q, k, v, mask)
-
-
-def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, own_k: Tensor | None = None,
-                    own_v: Tensor | None = None) -> Tensor:
-    """Eq. 2 as it reads, with the scores of one head, and of so few rows that a processor's cache holds them: for inference
-    in bfloat16 on a CPU, where PyTorch's kernel is no quicker than in single precision (AMD EPYC).
-
-    As in `attend`. own_k, own_v: (B, heads, X, d), a key and a value more for each row, which no other row reads.
-    """
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf) if mask is not None else None  # (X, Y)
-    # Taking the mean key off all keys shifts a row's scores alike, which the softmax undoes: small ones keep their digits.
-    mean = k.float().mean(2, keepdim=True)  # (B, heads, 1, d)
-    k = ((k - mean) / math.sqrt(q.shape[-1])).to(q.dtype)  # (B, heads, Y, d)
-    own_score = None
-    if own_k is not None:  # its score and value take the place of a last column of zeros
-        own_score = (q * (own_k - mean)).sum(-1) / math.sqrt(q.shape[-1])  # (B, heads, X)
-        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))  # (B, heads, Y + 1, d)
-    out = q.new_empty(q.shape)
-    for at in itertools.product(range(out.shape[0]), range(out.shape[1])):  # (image, head)
-        for i in range(0, q.shape[2], 512):
-            part = slice(i, i + 512)
-            rows = (*at, part)
-            scores = q[rows] @ k[at].T  # (512, Y), (512, Y + 1) with own_k
-            if bias is not None:
-                scores += bias[part]
-            if own_score is not None:
-                scores[:, -1] = own_score[rows]
-            weights = scores.softmax(-1)
-            out[rows] = weights @ v[at]
-            if own_score is not None:
-                out[rows] += weights[:, -1:] * own_v[rows]
-    return out
-
-
-def attend_unmasked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_regions: int) -> Tensor:
-    """Eq. 2 for inference on a CPU, without the scores that Fig. 5 (c) masks: a third of all with 256 regions, three
-    quarters with 1,024.
-
-    Of the region tokens a patch reads one, its own region's. So CLIP's tokens attend to each other as if there were no
-    regions, and each patch weighs that one token in. A region token reads so few patches that they are gathered.
-
-    q, k, v: (B, heads, E, d). mask: `region_mask`'s (E, E). num_regions: M. Returns (B, heads, E, d).
-    """
-    first_region = q.shape[2] - num_regions
-    region_of_patch = mask[:first_region, first_region:].nonzero()[:, 1]  # (N)
-    read_by_region = mask[first_region:].nonzero()[:, 1].unflatten(0, (num_regions, -1))  # (M, N / M + 1)
-    first_patch = first_region - len(region_of_patch)
-    clip_q, clip_k, clip_v = (tokens[:, :, :first_region] for tokens in (q, k, v))  # (B, heads, 1 + K + N, d)
-    patch_q, region_q = q[:, :, first_patch:first_region], q[:, :, first_region:]  # (B, heads, N, d), (B, heads, M, d)
-    own_k, own_v = (tokens[:, :, first_region:][:, :, region_of_patch] for tokens in (k, v))  # (B, heads, N, d)
-
-    if q.dtype == torch.bfloat16:
-        out = [F.scaled_dot_product_attention(clip_q[:, :, :first_patch], clip_k, clip_v),
-               attend_by_heads(patch_q, clip_k, clip_v, None, own_k, own_v)]
-    else:
-        # What scaled_dot_product_attention calls on a CPU; log_sum (B, heads, 1 + K + N): of a softmax's denominator.
-        clip_out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(clip_q, clip_k, clip_v)
-        own_score = (patch_q * own_k).sum(-1) / math.sqrt(q.shape[-1])  # (B, heads, N)
-        share = torch.sigmoid(own_score - log_sum[:, :, first_patch:])  # exp(score) / (exp(score) + the denominator)
-        clip_out[:, :, first_patch:].lerp_(own_v, share[..., None])
-        out = [clip_out]
-
-    read_k, read_v = (tokens[:, :, read_by_region].flatten(1, 2) for tokens in (k, v))  # (B, heads M, N / M + 1, d)
-    region_out = F.scaled_dot_product_attention(region_q.flatten(1, 2)[:, :, None], read_k, read_v)  # (B, heads M, 1, d)
-    out.append(region_out.view(region_q.shape))  # (B, heads, M, d)
-    return torch.cat([part.transpose(1, 2) for part in out], dim=1).transpose(1, 2)  # (B, heads, E, d), made token by token
-
-
 def masked_attention(x: Tensor, attention: nn.MultiheadAttention, mask: Tensor | BlockMask | None,
                      num_regions: int = 0) -> Tensor:
     """Eq. 2: softmax(Q K^T / sqrt(d) + Mask) V over several heads, with the weights of CLIP's own attention layer.
@@ -173,6 +91,17 @@ def masked_attention(x: Tensor, attention: nn.MultiheadAttention, mask: Tensor |
     else:
         out = attend(q, k, v, mask)  # (B, heads, E, d)
     return attention.out_proj(out.transpose(1, 2).flatten(2))  # (B, E, D_v)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Eq. 2's softmax(Q K^T / sqrt(d) + Mask) V, for heads side by side.
+
+    q (B, heads, X, d), k and v (B, heads, Y, d); mask (X, Y), True where a row may attend to a column. dropout: of the
+    softmax's values. Returns (B, heads, X, d).
+    """
+    if dropout or not cpu_inference(q) or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return attend_by_heads(q, k, v, mask)
 
 
 def feed_forward(x: Tensor, mlp: nn.Sequential) -> Tensor:
@@ -275,6 +204,83 @@ class Encoder(nn.Module):
         x = F.normalize(self.visual.ln_post(x) @ self.visual.proj, dim=-1)  # (B, 1 + N + M, D)
         G, I, R = x[:, 0], x[:, 1:-M or None], x[:, x.shape[1] - M:]
         return G, I, R
+
+
+# ---------------------------------------------------------------------------------- Eq. 2 again, for inference on a CPU
+
+
+def cpu_inference(x: Tensor) -> bool:
+    """Is Eq. 2 computed on a CPU and without gradients, where it pays to take its sums apart?"""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, own_k: Tensor | None = None,
+                    own_v: Tensor | None = None) -> Tensor:
+    """Eq. 2 as it reads, with the scores of one head, and of so few rows that a processor's cache holds them: for inference
+    in bfloat16 on a CPU, where PyTorch's kernel is no quicker than in single precision (AMD EPYC).
+
+    As in `attend`. own_k, own_v: (B, heads, X, d), a key and a value more for each row, which no other row reads.
+    """
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf) if mask is not None else None  # (X, Y)
+    # Taking the mean key off all keys shifts a row's scores alike, which the softmax undoes: small ones keep their digits.
+    mean = k.float().mean(2, keepdim=True)  # (B, heads, 1, d)
+    k = ((k - mean) / math.sqrt(q.shape[-1])).to(q.dtype)  # (B, heads, Y, d)
+    own_score = None
+    if own_k is not None:  # its score and value take the place of a last column of zeros
+        own_score = (q * (own_k - mean)).sum(-1) / math.sqrt(q.shape[-1])  # (B, heads, X)
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))  # (B, heads, Y + 1, d)
+    out = q.new_empty(q.shape)
+    for at in itertools.product(range(out.shape[0]), range(out.shape[1])):  # (image, head)
+        for i in range(0, q.shape[2], 512):
+            part = slice(i, i + 512)
+            rows = (*at, part)
+            scores = q[rows] @ k[at].T  # (512, Y), (512, Y + 1) with own_k
+            if bias is not None:
+                scores += bias[part]
+            if own_score is not None:
+                scores[:, -1] = own_score[rows]
+            weights = scores.softmax(-1)
+            out[rows] = weights @ v[at]
+            if own_score is not None:
+                out[rows] += weights[:, -1:] * own_v[rows]
+    return out
+
+
+def attend_unmasked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_regions: int) -> Tensor:
+    """Eq. 2 for inference on a CPU, without the scores that Fig. 5 (c) masks: a third of all with 256 regions, three
+    quarters with 1,024.
+
+    Of the region tokens a patch reads one, its own region's. So CLIP's tokens attend to each other as if there were no
+    regions, and each patch weighs that one token in. A region token reads so few patches that they are gathered.
+
+    q, k, v: (B, heads, E, d). mask: `region_mask`'s (E, E). num_regions: M. Returns (B, heads, E, d).
+    """
+    first_region = q.shape[2] - num_regions
+    region_of_patch = mask[:first_region, first_region:].nonzero()[:, 1]  # (N)
+    read_by_region = mask[first_region:].nonzero()[:, 1].unflatten(0, (num_regions, -1))  # (M, N / M + 1)
+    first_patch = first_region - len(region_of_patch)
+    clip_q, clip_k, clip_v = (tokens[:, :, :first_region] for tokens in (q, k, v))  # (B, heads, 1 + K + N, d)
+    patch_q, region_q = q[:, :, first_patch:first_region], q[:, :, first_region:]  # (B, heads, N, d), (B, heads, M, d)
+    own_k, own_v = (tokens[:, :, first_region:][:, :, region_of_patch] for tokens in (k, v))  # (B, heads, N, d)
+
+    if q.dtype == torch.bfloat16:
+        out = [F.scaled_dot_product_attention(clip_q[:, :, :first_patch], clip_k, clip_v),
+               attend_by_heads(patch_q, clip_k, clip_v, None, own_k, own_v)]
+    else:
+        # What scaled_dot_product_attention calls on a CPU; log_sum (B, heads, 1 + K + N): of a softmax's denominator.
+        clip_out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(clip_q, clip_k, clip_v)
+        own_score = (patch_q * own_k).sum(-1) / math.sqrt(q.shape[-1])  # (B, heads, N)
+        share = torch.sigmoid(own_score - log_sum[:, :, first_patch:])  # exp(score) / (exp(score) + the denominator)
+        clip_out[:, :, first_patch:].lerp_(own_v, share[..., None])
+        out = [clip_out]
+
+    read_k, read_v = (tokens[:, :, read_by_region].flatten(1, 2) for tokens in (k, v))  # (B, heads M, N / M + 1, d)
+    region_out = F.scaled_dot_product_attention(region_q.flatten(1, 2)[:, :, None], read_k, read_v)  # (B, heads M, 1, d)
+    out.append(region_out.view(region_q.shape))  # (B, heads, M, d)
+    return torch.cat([part.transpose(1, 2) for part in out], dim=1).transpose(1, 2)  # (B, heads, E, d), made token by token
+
+
+# ------------------------------------------------------------------------------------------------------------ run alone
 
 
 def draw_mask(num_prompts: int, grid: int, region_grid: int, cell: int = 14):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch.nn.functional as F
+from conftest import make_clip
 
 import bench
 import data
@@ -25,6 +26,22 @@ def test_what_is_replaced_by_the_equations_as_written_comes_back():
         1 / 0
     assert before == (F.scaled_dot_product_attention, model.RegionAlignment.forward, model.CLIPRC.decode,
                       model.segmentation_losses)
+
+
+@pytest.mark.parametrize("case", [bench.forward_case, bench.training_case])
+def test_times_are_taken_of_each_form_in_each_round(case, monkeypatch):
+    small = make_clip().visual
+    monkeypatch.setattr(bench, "vit_b16", lambda regions, **settings: model.CLIPRC(small, regions=regions, **settings))
+    literal = []
+
+    def seconds(work, device) -> int:
+        literal.append(F.scaled_dot_product_attention is bench.attention_as_written)
+        work()
+        return len(literal)
+
+    monkeypatch.setattr(bench, "seconds", seconds)
+    assert bench.times_in_turn(case, 4, 1, "cpu", 64, 2, False) == [[4, 5, 6], [7, 8, 9]]  # the first round is left out
+    assert literal == [True, False, False] * 3
 
 
 def test_made_up_photographs_are_read_as_vocs_are(tmp_path):
