@@ -1,0 +1,230 @@
+"""All drawing: labels (paper Fig. 6), names of regions (Fig. 2), the mask (Fig. 5 c), losses."""
+
+import functools
+import itertools
+import textwrap
+import unicodedata
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+from util.images import IGNORE
+from util.toy import RUGS, texture
+
+INK, GREY, PALE, WHITE = (25, 25, 25), (110, 110, 110), (220, 220, 220), (255, 255, 255)
+GREEN, PINK, YELLOW = (0, 158, 115), (204, 121, 167), (255, 222, 60)
+RIGHT, WRONG = (0, 114, 178), (213, 94, 0)  # blue and orange, told apart by colour-blind eyes too
+VERDICTS = np.full((2, 24, 24, 3), [[[RIGHT]], [[WRONG]]], np.uint8)  # tiles; wrong is hatched
+VERDICTS[1, np.add(*np.indices((24, 24))) % 12 < 3] = INK
+TEXTURES = {f"{pattern} {colour} rug": texture(pattern, colour) for pattern, colour in RUGS}
+SIZES = (46, 40, 34, 29, 25, 22)  # of letters, for figures 1,600 pixels wide that pages halve
+NOTE = "* unseen: no mask of this class in training"
+_font = functools.cache(ImageFont.load_default)
+
+
+def fills(names: Sequence[str]) -> np.ndarray:
+    """How the figures paint each class: (C, t, t, 3) uint8 tiles.
+
+    A rug of the toy world has its own texture. Every other class i has colour i + 1 of VOC's
+    colour map, whose numbers give their bits to red, green and blue in turn, highest bit first.
+    """
+    number = np.arange(1, len(names) + 1)[:, None]
+    colours = sum((number >> (3 * bit + np.arange(3)) & 1) << (7 - bit) for bit in range(3))
+    tiles = [TEXTURES.get(name.lower(), np.full((12, 12, 3), c)) for name, c in zip(names, colours)]
+    return np.array(tiles, np.uint8).repeat(3, 1).repeat(3, 2)  # (C, 36, 36, 3)
+
+
+def index_png_palette(names: Sequence[str]) -> list[int]:
+    """The classes' mean colours for Image.putpalette: 768 numbers, white from C up to 255."""
+    white = np.full((256 - len(names), 3), 255)
+    return np.concatenate([fills(names).mean((1, 2)), white]).astype(int).ravel().tolist()
+
+
+def _write(pen: ImageDraw.ImageDraw, free: np.ndarray, name: str, starred: bool = False,
+           fill: tuple | None = None, sizes: Sequence[int] = SIZES) -> tuple[slice, slice] | None:
+    """Write a name as large as the (H, W) bool area `free` allows, where that is most interior.
+
+    An outline keeps the letters legible on any background. Returns the rows and columns that the
+    name fills, None where it finds no room. Accents are left out: Pillow's own font has none.
+    """
+    name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode() + "*" * starred
+    layouts = dict.fromkeys(textwrap.fill(name, n, break_long_words=False)
+                            for n in range(len(name), 0, -1))
+    coarse = Image.fromarray(np.pad(free[::4, ::4], 1) * np.uint8(255))
+
+    def share(*radius: float) -> np.ndarray:  # how much of a box around each pixel is free
+        return np.array(coarse.filter(ImageFilter.BoxBlur(radius))) / 255
+
+    depth = sum(share(n, n) for n in (2, 5, 10, 20, 40, 80))
+    for size, text in itertools.product(sizes, layouts):
+        style = {"font": _font(size), "anchor": "mm", "align": "center", "spacing": size // -8,
+                 "stroke_width": size // 9}
+        left, top, right, bottom = map(round, pen.textbbox((0, 0), text, **style))
+        fits = share((right - left) / 8, (bottom - top) / 8) > 0.9
+        if fits.any():
+            y, x = np.unravel_index(np.where(fits, depth, -1).argmax(), fits.shape)
+            x = np.clip(4 * x - 4 - (left + right) // 2, -left, free.shape[1] - right)
+            y = np.clip(4 * y - 4 - (top + bottom) // 2, -top, free.shape[0] - bottom)
+            pen.text((x, y), text, fill or (YELLOW if starred else WHITE), stroke_fill=INK, **style)
+            return slice(y + top, y + bottom), slice(x + left, x + right)
+
+
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """The image with its longer side scaled to `side` pixels; a small drawing keeps its pixels."""
+    method = Image.Resampling.NEAREST if 2 * max(image.size) < side else Image.Resampling.LANCZOS
+    return ImageOps.contain(image, (side, side), method)
+
+
+def _paint(image: Image.Image, label: np.ndarray, tiles: np.ndarray,
+           weight: float) -> tuple[Image.Image, np.ndarray]:
+    """Mix each segment of a label with its tile, with a thin white line between segments.
+
+    label (H, W) uint8; where it is 255 the image stays as it was. weight: of the tile. Returns the
+    painted image and the label at the image's size.
+    """
+    resized = Image.fromarray(label).resize(image.size, Image.Resampling.NEAREST)
+    label, pixels = np.array(resized), np.array(image)
+    y, x = np.indices(label.shape) % tiles.shape[1]
+    fill = tiles[np.where(label == IGNORE, 0, label), y, x]  # (H, W, 3)
+    pixels[label != IGNORE] = ((1 - weight) * pixels + weight * fill)[label != IGNORE]
+    pixels[np.array(resized.filter(ImageFilter.MaxFilter(5))) != label] = WHITE
+    return Image.fromarray(pixels), label
+
+
+def label_image(image: Image.Image, label: np.ndarray, names: Sequence[str],
+                unseen: Collection[int], side: int = 390,
+                no_room: set[int] | None = None) -> Image.Image:
+    """Paper Fig. 6: an image under its label, each class name written once, on its segment.
+
+    label (H, W) uint8: rows of names, 255 is left as it is; names in `unseen` are yellow with a
+    star. side: the longer one. Classes that find no room for their names are added to no_room.
+    """
+    out, label = _paint(fit(image, side), label, fills(names), weight=0.65)
+    for i in np.unique(label[label != IGNORE]).tolist():
+        place = _write(ImageDraw.Draw(out), label == i, names[i], i in unseen)
+        if place:
+            label[place] = IGNORE  # no other name goes there
+        elif no_room is not None:
+            no_room.add(i)
+    return out
+
+
+def right_and_wrong(image: Image.Image, prediction: np.ndarray, label: np.ndarray,
+                    side: int) -> Image.Image:
+    """Where a prediction (H, W) is right, blue, and wrong, hatched in orange; 255 is not scored."""
+    wrong = np.where(label == IGNORE, IGNORE, prediction != label).astype(np.uint8)
+    out, wrong = _paint(fit(image, side), wrong, VERDICTS, weight=0.85)
+    right = (wrong == 0).sum() / max(1, (wrong != IGNORE).sum())
+    bottom = np.indices(wrong.shape)[0] > out.height - 60
+    _write(ImageDraw.Draw(out), bottom, f"{right:.0%} right", sizes=(34,))
+    return out
+
+
+def region_names(image: Image.Image, answers: np.ndarray, names: Sequence[str],
+                 unseen: Collection[int], side: int,
+                 truth: np.ndarray | None = None) -> Image.Image:
+    """Paper Fig. 2: the class name that each region of an m x m grid is closest to, in its cell.
+
+    answers (m, m): rows of names. truth (m, m), if given: a cell's frame is blue where the answer
+    is right, orange and crossed out where it is wrong; where truth is 255 the name is grey.
+    """
+    out = fit(image, side)
+    m, (width, height) = len(answers), out.size
+    for (r, c), i in np.ndenumerate(answers):
+        box = c * width // m, r * height // m, (c + 1) * width // m, (r + 1) * height // m
+        cell = out.crop(box)
+        pen, frame = ImageDraw.Draw(cell), (0, 0, cell.width - 1, cell.height - 1)
+        known = truth is not None and truth[r, c] != IGNORE
+        colour = WHITE if not known else RIGHT if truth[r, c] == i else WRONG
+        pen.rectangle(frame, outline=colour, width=12 if known else 1)
+        if colour == WRONG:
+            pen.line(frame, WRONG, 12)
+        free = np.zeros((cell.height, cell.width), bool)
+        free[14:-14, 14:-14] = True
+        _write(pen, free, names[i], i in unseen, None if known or truth is None else PALE,
+               range(cell.width // 5, 12, -2))
+        out.paste(cell, box)
+    return out
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str] = (),
+         legend: Sequence[tuple] = (), note: str = "") -> Image.Image:
+    """Tiles in rows and columns, headers above, a legend of (fill, text) and a note below."""
+    gap, line, font = 12, 56, _font(34)
+    widths = [max(tile.width for tile in column) + gap for column in zip(*rows)]
+    heights = [max(tile.height for tile in row) + gap for row in rows]
+    lefts = [*itertools.accumulate(widths, initial=gap)]
+    tops = [*itertools.accumulate(heights, initial=line if headers else gap)]
+    entry = max([round(font.getlength(text)) + 110 for _, text in legend], default=1)
+    width = max(lefts[-1], entry, round(font.getlength(note)) + 2 * gap)
+    columns = width // entry
+    bottom = tops[-1] + line * -(-len(legend) // columns)
+    out = Image.new("RGB", (width, bottom + line * bool(note)), "white")
+    pen = ImageDraw.Draw(out)
+    for header, left, right in zip(headers, lefts, lefts[1:]):
+        pen.text(((left + right - gap) / 2, line / 2), header, INK, font, "mm")
+    for top, row in zip(tops, rows):
+        for left, tile in zip(lefts, row):
+            out.paste(tile, (left, top))
+    for i, (fill, text) in enumerate(legend):
+        x, y = gap + i % columns * entry, tops[-1] + i // columns * line
+        out.paste(Image.fromarray(np.tile(fill, (1, 2, 1))[:36, :54]), (x, y + 10))
+        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore")
+        pen.text((x + 68, y + 28), text, INK, font, "lm")
+    pen.text((gap, bottom + line / 2), note, GREY, font, "lm")
+    return out
+
+
+def mask_image(mask: np.ndarray, groups: Sequence[tuple[str, int]]) -> Image.Image:
+    """Paper Fig. 5 (c): a square is coloured where its row's token may attend to its column's.
+
+    mask (E, E) bool, True = may attend; groups: (name, number of tokens) in the tokens' order.
+    """
+    names, counts = zip(*((name, count) for name, count in groups if count))
+    side, margin, font = max(2, 1000 // len(mask)), 200, _font(34)
+    upright = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
+    colours = np.array([GREY, (230, 159, 0), GREEN, PINK], np.uint8)[:len(counts)]
+    squares = np.where(mask[..., None], colours.repeat(counts, 0), 255).astype(np.uint8)
+    squares = squares.repeat(side, 0).repeat(side, 1)  # (side E, side E, 3)
+    starts = side * np.cumsum([0, *counts[:-1]])
+    for lines, colour in ((slice(0, None, side), 225), (starts, 25), (starts + 1, 25)):
+        if side > 16 or colour == 25:
+            squares[lines], squares[:, lines] = colour, colour
+    out = Image.new("RGB", (margin + len(squares) + 20,) * 2, "white")
+    out.paste(ImageOps.expand(Image.fromarray(squares), 2, INK), (margin, margin))
+    pen = ImageDraw.Draw(out)
+    pen.text((20, margin / 2), "rows attend\nto columns", GREY, _font(24), "lm")
+    for name, colour, start, count in zip(names, colours.tolist(), starts, counts):
+        middle, edge = margin + start + side * count / 2, margin - 14
+        pen.text((edge, middle), name, tuple(colour), font, "rm")
+        pen.text((middle - 20, edge - font.getlength(name)), name, tuple(colour), upright)
+    return out
+
+
+def loss_chart(lines: Sequence[dict]) -> Image.Image:
+    """Paper Eq. 11: the total loss and its weighted parts over the steps, logarithmic.
+
+    lines: of a run's log.jsonl, with step, loss, mask, dice, recovery_q, recovery_v.
+    """
+    lines = [line for line in lines if "loss" in line]
+    colours = {"loss": INK, "mask": RIGHT, "dice": WRONG, "recovery_q": GREEN, "recovery_v": PINK}
+    curves = {name: np.log10([line[name] for line in lines]) for name in colours
+              if all(line.get(name) for line in lines)}
+    low, high = np.min([*curves.values()]), np.max([*curves.values()])
+    last, font, out = lines[-1]["step"], _font(34), Image.new("RGB", (1600, 900), "white")
+    pen = ImageDraw.Draw(out)
+    for value in (m * 10.0**e for e in range(-6, 6) for m in (1, 2, 5)):
+        y = 800 - 740 * (np.log10(value) - low) / (high - low)
+        if 60 <= y <= 800:
+            pen.line((150, y, 1350, y), PALE, 2)
+            pen.text((134, y), f"{value:g}", GREY, font, "rm")
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        pen.text((150 + 1200 * part, 864), f"step {part * last:,.0f}", GREY, font, "mm")
+    x, free = [150 + 1200 * line["step"] / last for line in lines], 840
+    for name, curve in sorted(curves.items(), key=lambda pair: pair[1][-1]):
+        y = 800 - 740 * (curve - low) / (high - low)
+        pen.line(list(zip(x, y)), colours[name], 5, "curve")
+        free = min(free - 40, y[-1])  # the names stand at the curves' ends, one above the other
+        pen.text((1370, free), name, colours[name], font, "lm")
+    return out
