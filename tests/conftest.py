@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import runpy
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from record_clip_files import weights
 from util.clip_files import clip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +50,18 @@ def clip_path(tmp_path_factory) -> Path:
 def recorded(name: str) -> dict:
     """What a released program computed on small random weights."""
     return torch.load(ROOT / "tests" / "golden" / f"{name}.pt", weights_only=True)
+
+
+def write_clip(kind: str, folder: Path, save=torch.save, part: str = "", **change) -> dict:
+    """A recorded CLIP and its config as its library writes them. Returns the record."""
+    record, prefix = recorded(f"clip_{kind}"), "open_clip_" * kind.startswith("open_clip")
+    folder.mkdir(exist_ok=True)
+    name = "pytorch_model.bin" if save is torch.save else "model.safetensors"
+    save(weights(record["shapes"]), folder / f"{prefix}{name}")
+    config = record["config"] | ({part: record["config"][part] | change} if part else change)
+    config = {"model_cfg": config} if prefix else config
+    (folder / f"{prefix}config.json").write_text(json.dumps(config))
+    return record
 
 
 @pytest.fixture(scope="session",

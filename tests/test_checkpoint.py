@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_clip, openai_state
+from conftest import make_clip, openai_state, write_clip
 
 from model import CLIPRC, model_from_checkpoint
 from tools import convert
 from util.checkpoint import encode_names, read_checkpoint, save_checkpoint
-from util.clip_files import encode_text, file_sha256, load_clip
+from util.clip_files import clip_digest, encode_text, file_sha256, load_clip
 
 OLD_NAMES = {"region_tokens": "regions", "zegclip.blocks": "decoder", "zegclip.": "",
              "descriptor_blocks": "q_blocks", "image_blocks": "v_blocks",
@@ -31,7 +31,8 @@ def test_a_checkpoint_of_either_format_restores_the_model(form, settings, clip_p
     weights = stored = trained_weights(model)
     for today, old in OLD_NAMES.items() if form == "clip-rc 1" else ():
         stored = {name.replace(today, old): tensor for name, tensor in stored.items()}
-    save_checkpoint(path, model.settings, stored, file_sha256(clip_path), clip=str(clip_path))
+    digest = clip_digest(load_clip(clip_path))
+    save_checkpoint(path, model.settings, stored, digest, clip=str(clip_path))
     torch.save(torch.load(path, weights_only=True) | {"format": form}, path)
     checkpoint = read_checkpoint(path)
     images, T = torch.randn(1, 3, 64, 64), F.normalize(torch.randn(5, 32), dim=-1)
@@ -75,17 +76,52 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "trap").exists()
 
 
-@pytest.mark.parametrize("converted", [False, True])
-def test_only_the_clip_of_the_training_encodes_other_names(converted, clip_path, tmp_path):
+@pytest.mark.parametrize("kind", ["digest", "older", "converted"])
+def test_only_the_clip_of_the_training_encodes_other_names(kind, clip_path, tmp_path):
     model = make_model(clip_path)
-    checkpoint = {"clip_sha256": None, "weights": model.state_dict()} if converted else {
-        "clip_sha256": file_sha256(clip_path), "weights": trained_weights(model)}
+    checkpoint = {"weights": model.state_dict() if kind == "converted" else trained_weights(model)}
+    checkpoint |= {"digest": {"clip_digest": clip_digest(load_clip(clip_path))},
+                   "older": {"clip_sha256": file_sha256(clip_path)},
+                   "converted": {"clip_digest": None}}[kind]
     T = encode_names(checkpoint, "last.pt", ["dog", "tram"], ["a {}"], clip_path)
     assert torch.equal(T, encode_text(load_clip(clip_path), ["dog", "tram"], ["a {}"]))
     for other in (make_clip(seed=1), make_clip(patch=32)):
         torch.save(openai_state(other), tmp_path / "other.pt")
         with pytest.raises(ValueError, match="last.pt was trained on another CLIP"):
             encode_names(checkpoint, "last.pt", ["dog", "tram"], ["a {}"], tmp_path / "other.pt")
+
+
+def test_the_same_clip_in_another_form_continues_a_run(tmp_path):
+    write_clip("hugging_face_quick_gelu", tmp_path / "theirs")
+    clip_model = load_clip(tmp_path / "theirs")
+    state = clip_model.state_dict() | {"input_resolution": torch.tensor(64)}
+    torch.save(state, tmp_path / "openais.pt")
+    images, T = torch.randn(1, 3, 64, 64), F.normalize(torch.randn(5, 16), dim=-1)
+    for then, now in (("theirs", "openais.pt"), ("openais.pt", "theirs")):
+        model = make_model(tmp_path / then)
+        checkpoint = {"clip_digest": clip_digest(load_clip(tmp_path / then)),
+                      "model": model.settings, "weights": trained_weights(model)}
+        same = model_from_checkpoint(checkpoint, "last.pt", tmp_path / now)
+        assert torch.equal(same(images, T), model(images, T))
+
+
+def test_another_activation_or_number_of_heads_is_another_clip(clip_path):
+    clip_model = load_clip(clip_path)
+    digests = {clip_digest(clip_model)}
+    block = clip_model.visual.transformer.resblocks[0]
+    for part, name, value in ((block.attn, "num_heads", 2), (block.mlp, "gelu", torch.nn.GELU()),
+                              (block.ln_1, "bias", torch.nn.Parameter(torch.ones(64)))):
+        setattr(part, name, value)
+        assert clip_digest(clip_model) not in digests
+        digests.add(clip_digest(clip_model))
+
+
+def test_an_older_checkpoint_of_an_openclip_file_is_not_loaded_with_other_numbers(tmp_path):
+    write_clip("open_clip_gelu", tmp_path)
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    checkpoint = {"clip_sha256": file_sha256(path), "weights": {}}
+    with pytest.raises(ValueError, match="last.pt is of an earlier version.*train again"):
+        encode_names(checkpoint, "last.pt", ["dog"], ["a {}"], path)
 
 
 def test_a_released_file_computes_the_same_after_conversion(golden, tmp_path, monkeypatch, capsys):

@@ -1,16 +1,23 @@
-"""CLIP's files are read as published or as plain tensors, and never run; class names become T."""
+"""CLIP's files are read in OpenAI's, Hugging Face's and OpenCLIP's form, and never run."""
 
 import importlib.util
+import json
 import math
+import re
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_clip, openai_state
+from conftest import make_clip, openai_state, write_clip
 
+from eval import untrained_encoder
+from record_clip_files import TEXTS, weights
 from util import clip_files
 from util.clip_files import TOY_CLIP, clip_file, encode_text, file_sha256, load_clip, tokenize
+from util.clip_formats import from_open_clip
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -46,10 +53,6 @@ def test_a_pickle_in_a_clip_file_is_not_run(tmp_path, monkeypatch):
 class Program(torch.nn.Module):
     """As TorchScript it would write a file while it is opened."""
 
-    def __init__(self):
-        super().__init__()
-        self.training = False
-
     @torch.jit.export
     def __getstate__(self) -> bool:
         return self.training
@@ -72,27 +75,148 @@ def test_a_torchscript_archive_that_is_not_openais_is_not_opened(tmp_path, monke
     assert not (tmp_path / "trap").exists()
 
 
-@pytest.mark.parametrize("kind, reason", [
-    ("no tensor", "visual.proj"), ("another shape", "visual.proj"), ("a list", "list"),
-    ("NaN", "visual.proj holds NaN"), ("ResNet", "ResNet"), ("half a file", "no file of tensors")])
-def test_a_file_that_is_no_clip_is_refused_with_the_reason(kind, reason, tmp_path):
-    path, state = tmp_path / "bad.pt", openai_state(make_clip())
-    if kind == "no tensor":
-        del state["visual.proj"]
-    elif kind == "another shape":
-        state["visual.proj"] = state["visual.proj"][:3]
-    elif kind == "NaN":
-        state["visual.proj"][0, 0] = math.nan
-    elif kind == "ResNet":
-        state["visual.layer1.0.conv1.weight"] = torch.ones(3)
-    elif kind == "a list":
-        state = [1, 2]
-    torch.save(state, path)
-    if kind == "half a file":
-        path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match=f"bad.pt.*{reason}") as error:
-        load_clip(path)
+@pytest.mark.parametrize("name, reason", [
+    ("-visual.proj", "no 'visual.proj'"), ("visual.proj", "mismatch for proj"),
+    ("visual.class_embedding", "visual.class_embedding holds NaN"),
+    ("visual.layer1.0.conv1.weight", "ResNet"), ("visual.trunk.norm.weight", "timm's"),
+    ("visual.attn_pool.query", "CoCa"), ("text.cls_emb", "CoCa"),
+    ("visual.transformer.resblocks.0.ls_1.gamma", "scaled"), ("-visual.conv1.weight", "encoders"),
+    ("text.transformer.encoder.layer.0.weight", "text encoder"), ("-visual.ln_pre.bias", "ln_pre"),
+    ("token_embedding.weight", "3 entries"), ("visual.positional_embedding", "positional")])
+def test_another_model_than_clip_is_refused_with_the_reason(name, reason, tmp_path):
+    state = openai_state(make_clip())
+    state[name] = torch.full((3, 3), math.nan if "NaN" in reason else 1)
+    state.pop(name[1:], None)  # a name behind a minus is missing
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=f"bad.pt is no CLIP that can be used.*{reason}") as error:
+        load_clip(tmp_path / "bad.pt")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_missing_or_no_file_of_tensors_is_refused(tmp_path, monkeypatch):
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "half.pt").write_bytes(TOY_CLIP.read_bytes()[:100_000])
+    torch.save({"vision_model.post_layernorm.bias": torch.ones(3)}, tmp_path / "vision.pt")
+    (tmp_path / "clip.safetensors").touch()
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for name, reason in (("list.pt", "list"), ("half.pt", "no file of tensors"),
+                         ("clip.safetensors", "pip install safetensors"),
+                         (".", "no pytorch_model.bin, model.safetensors"),
+                         ("vision.pt", "put its config.json beside it")):
+        with pytest.raises(ValueError, match=f"{name} is no CLIP that can be used.*{reason}"):
+            load_clip(tmp_path / name)
+
+
+@pytest.fixture
+def save_safetensors(monkeypatch):
+    """Writes a .safetensors file. Without the package `read_tensors` stands in for its reader."""
+    if importlib.util.find_spec("safetensors"):
+        return importlib.import_module("safetensors.torch").save_file
+    package = types.SimpleNamespace(load_file=clip_files.read_tensors)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, package)
+    return lambda state, path: torch.save(state, path)
+
+
+@torch.no_grad()
+def assert_features(path: Path, record: dict) -> None:
+    """The image's, the patches' and the texts' features are those that the library computed."""
+    clip_model, images = load_clip(path), weights({"images": (2, 3, 64, 64)})["images"]
+    _, I, _ = untrained_encoder(clip_model.visual, 0)(images)
+    for ours, theirs in ((clip_model.encode_image(images), record["G"]),
+                         (I, F.normalize(record["I"], dim=-1)),
+                         (clip_model.encode_text(tokenize(TEXTS, 77)), record["T"])):
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("library", ["hugging_face", "open_clip"])
+def test_features_are_the_librarys(library, act, safe, tmp_path, capsys, save_safetensors):
+    save = save_safetensors if safe else torch.save
+    assert_features(tmp_path, write_clip(f"{library}_{act}", tmp_path, save))
+    assert not capsys.readouterr().out
+
+
+def test_a_clip_in_the_hubs_cache_is_found_through_its_links(tmp_path, save_safetensors):
+    record = write_clip("hugging_face_gelu", tmp_path / "blobs", save_safetensors)
+    for folder, name in (("snapshots/4d1", "x"), ("refs", "main")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_text("4d1")
+    for i, file in enumerate((tmp_path / "blobs").iterdir()):
+        (tmp_path / "snapshots" / "4d1" / file.name).symlink_to(f"../../blobs/{i}")
+        file.rename(tmp_path / "blobs" / f"{i}")
+    for path in (".", "snapshots/4d1", "snapshots/4d1/model.safetensors"):
+        assert_features(tmp_path / path, record)
+
+
+def test_a_clip_in_several_files_is_read_and_none_of_them_from_elsewhere(tmp_path):
+    record = write_clip("hugging_face_gelu", tmp_path / "clip")
+    path, index = tmp_path / "clip" / "pytorch_model.bin.index.json", {}
+    for i, tensor in enumerate(weights(record["shapes"]).items()):
+        index[tensor[0]] = f"{i}.bin"
+        torch.save(dict([tensor]), tmp_path / "clip" / f"{i}.bin")
+    path.write_text(json.dumps({"weight_map": index}))
+    assert_features(path, record)
+    (tmp_path / "clip" / "7.bin").rename(tmp_path / "7.bin")
+    path.write_text(path.read_text().replace('"7.bin', '"../7.bin'))
+    with pytest.raises(ValueError, match="index.json is no CLIP.*'../7.bin'"):
+        load_clip(path)
+
+
+def test_a_checkpoint_of_openclips_training_is_read(tmp_path):
+    record = write_clip("open_clip_quick_gelu", tmp_path)
+    state = {f"module.{name}": tensor for name, tensor in weights(record["shapes"]).items()}
+    state |= {"module.logit_scale": torch.ones(1), "module.logit_bias": torch.ones(1)}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state}, tmp_path / "epoch_3.pt")
+    assert_features(tmp_path / "epoch_3.pt", record)
+
+
+def test_of_two_forms_in_a_folder_the_one_with_a_config_is_read(tmp_path):
+    hugging_face = write_clip("hugging_face_gelu", tmp_path)
+    assert_features(tmp_path, write_clip("open_clip_gelu", tmp_path))
+    (tmp_path / "open_clip_config.json").unlink()
+    assert_features(tmp_path, hugging_face)
+
+
+@pytest.mark.parametrize("kind, quick_gelu", [("published", True), ("OpenAI's order", True),
+                                              ("OpenCLIP's order", False), ("training", False)])
+def test_without_a_config_the_kind_of_file_tells_the_activation(kind, quick_gelu, tmp_path, capsys):
+    state = openai_state(make_clip())
+    if kind != "published":
+        state = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    if kind == "OpenCLIP's order":
+        state = dict(sorted(state.items(), key=lambda item: "attn" in item[0]))
+    torch.save({"state_dict": state} if kind == "training" else state, tmp_path / "clip.pt")
+    clip_model = load_clip(tmp_path / "clip.pt")
+    for block in (*clip_model.transformer.resblocks, *clip_model.visual.transformer.resblocks):
+        assert isinstance(block.mlp.gelu, torch.nn.GELU) != quick_gelu
+    line = f'config.json is missing; assumed: {{"quick_gelu": {json.dumps(quick_gelu)}}}, 1 heads'
+    assert capsys.readouterr().out.count(line) == (kind != "published")
+
+
+def test_without_a_config_the_heads_are_those_of_openclips_own_models(tmp_path):
+    for widths, heads in (((768, 512), [12, 8]), ((1664, 1280), [16, 20])):  # ViT-B, ViT-bigG
+        names = {"visual.proj": widths[0], "text_projection": widths[1], "visual.conv1.weight": 1,
+                 "token_embedding.weight": 49408}
+        state = {name: torch.ones(length, 1) for name, length in names.items()}
+        _, encoders = from_open_clip(state, tmp_path / "open_clip_config.json")
+        assert [number for number, _ in encoders] == heads
+
+
+@pytest.mark.parametrize("part, key, value", [
+    ("", "model_type", "siglip"), ("text_config", "hidden_act", "gelu_new"),
+    ("vision_config", "layer_norm_eps", 1e-6), ("vision_config", "hidden_size", 768),
+    ("text_config", "eos_token_id", 7), ("vision_cfg", "width", 768),
+    ("text_cfg", "no_causal_mask", True), ("text_cfg", "embed_cls", True),
+    ("text_cfg", "pool_type", "last"), ("text_cfg", "hf_tokenizer_name", "bert"),
+    ("vision_cfg", "norm_kwargs", {"eps": 1e-6}), ("vision_cfg", "image_size", [16, 64])])
+def test_a_config_that_openais_class_cannot_follow_is_refused(part, key, value, tmp_path):
+    kind = "open_clip" if "cfg" in part else "hugging_face"
+    write_clip(f"{kind}_gelu", tmp_path, part=part, **{key: value})
+    with pytest.raises(ValueError, match="model.bin is no CLIP.*its config says " + re.escape(
+            f"{key}: {value}, where")):
+        load_clip(tmp_path)
 
 
 @pytest.fixture
@@ -120,7 +244,7 @@ def test_a_download_with_another_sha256_is_refused_and_not_kept(home, monkeypatc
     served.write_bytes(b"weight")
     with pytest.raises(ValueError, match="ViT-B/16: the download failed"):
         clip_file("ViT-B/16")
-    assert not list((home / ".cache" / "clip").iterdir())
+    assert [file.suffix for file in (home / ".cache" / "clip").iterdir()] == [".lock"]
 
 
 def test_a_published_file_that_was_altered_is_refused(home):

@@ -59,10 +59,8 @@ def our_name(name: str) -> str | None:
 
 def from_released(state_dict: dict[str, Tensor]) -> CLIPRC:
     """Released code: the model that its weights (CLIP-RC's or ZegCLIP's) belong to, in eval mode.
-
     state_dict: tensors under the authors' names, or a training checkpoint that contains them.
-    Raises ValueError if a tensor that the method needs is missing or has another shape.
-    """
+    Raises ValueError if a tensor that the method needs is missing or has another shape."""
     try:
         released = state_dict.get("state_dict", state_dict)
         state = {our_name(name): tensor.float()
@@ -101,7 +99,7 @@ def main() -> None:
         model = from_released(read_tensors(args.released))
     except (pickle.UnpicklingError, ValueError) as error:
         raise ValueError(f"{args.released}: {error}") from error
-    save_checkpoint(args.ours, model.settings, model.state_dict(), clip_sha256=None)
+    save_checkpoint(args.ours, model.settings, model.state_dict(), clip_digest=None)
     print(f"next: python eval.py {args.ours} --dataset voc --data-root VOCdevkit/VOC2012\n"
           "Expect hIoU 88.4 for CLIP-RC and 84.3 for ZegCLIP, both inductive on VOC.")
 

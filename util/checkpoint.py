@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from util import clip_files
 
 FORMATS = ("clip-rc 1", "clip-rc 2")  # both are read, the second is written
+TOY_MODEL = Path(__file__).with_name("toy.pt")  # trained on the toy world by `python train.py`
 RENAMED = {  # how the name of a parameter began in "clip-rc 1", and how it begins today
     "encoder.regions": "encoder.region_tokens",
     "decoder.q_blocks.": "decoder.descriptor_blocks.",
@@ -32,13 +33,11 @@ RENAMED = {  # how the name of a parameter began in "clip-rc 1", and how it begi
 
 
 def save_checkpoint(path: str | Path, settings: dict, weights: dict[str, Tensor],
-                    clip_sha256: str | None, **more) -> None:
+                    clip_digest: str | None, **more) -> None:
     """Write a checkpoint under a temporary name, then rename it: a failure keeps the old one whole.
-
-    settings: the model's. weights: the trained tensors; with clip_sha256 None also the frozen ones.
-    clip_sha256: of the CLIP file that the model was built on. more: what else belongs to the run.
-    Raises ValueError for weights that are not finite, OSError for a file that cannot be written.
-    """
+    settings: the model's. weights: the trained tensors; with clip_digest None also the frozen ones.
+    clip_digest: of the CLIP that the model was built on. more: what else belongs to the run.
+    Raises ValueError for weights that are not finite, OSError for a file that cannot be written."""
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path} is left as it was: {name} holds NaN or infinite numbers; "
@@ -46,7 +45,7 @@ def save_checkpoint(path: str | Path, settings: dict, weights: dict[str, Tensor]
     partial = Path(f"{path}.partial")
     try:
         torch.save({"format": FORMATS[-1], "model": settings, "weights": weights,
-                    "clip_sha256": clip_sha256, **more}, partial)
+                    "clip_digest": clip_digest, **more}, partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
@@ -56,10 +55,8 @@ def save_checkpoint(path: str | Path, settings: dict, weights: dict[str, Tensor]
 
 def read_checkpoint(path: str | Path) -> dict:
     """What `save_checkpoint` wrote, on the CPU, its weights under today's parameter names.
-
-    A checkpoint of train.py holds the trained weights. A converted one, whose clip_sha256 is None,
-    holds the image encoder's frozen weights too. Raises ValueError for any other file.
-    """
+    A checkpoint of train.py holds the trained weights. A converted one, which knows no CLIP, holds
+    the image encoder's frozen weights too. Raises ValueError for any other file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes them")
     try:
@@ -85,18 +82,23 @@ def todays_name(name: str) -> str:
 def checkpoint_clip(checkpoint: dict, path: str | Path,
                     clip_name_or_path: str | Path | None = None) -> nn.Module:
     """The CLIP that a checkpoint was trained on, by default the file that it was trained with.
-
-    Raises ValueError for another CLIP. A converted checkpoint does not say which file that was (in
-    the paper ViT-B/16), so the weights of the patch convolutions are compared.
-    """
+    Raises ValueError for another CLIP. Older checkpoints know it by its file's SHA-256. A converted
+    one does not know it (in the paper ViT-B/16), so the patch convolutions are compared."""
     file = clip_files.clip_file(clip_name_or_path or checkpoint.get("clip", "ViT-B/16"))
     clip_model = clip_files.load_clip(file)
-    if checkpoint["clip_sha256"] is None:
+    if checkpoint.get("clip_digest"):
+        same = checkpoint["clip_digest"] == clip_files.clip_digest(clip_model)
+    elif checkpoint.get("clip_sha256"):
+        same = file.is_file() and checkpoint["clip_sha256"] == clip_files.file_sha256(file)
+        blocks = clip_model.visual.transformer.resblocks[0], clip_model.transformer.resblocks[0]
+        if same and any(isinstance(block.mlp.gelu, nn.GELU) or
+                        block.attn.num_heads != block.attn.embed_dim // 64 for block in blocks):
+            raise ValueError(f"{path} is of an earlier version, which read {file} wrongly "
+                             "(QuickGELU, heads of width 64); train again")
+    else:
         ours = checkpoint["weights"]["encoder.visual.conv1.weight"]
         theirs = clip_model.visual.conv1.weight
         same = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=0, atol=1e-3)
-    else:
-        same = checkpoint["clip_sha256"] == clip_files.file_sha256(file)
     if not same:
         raise ValueError(f"{path} was trained on another CLIP than {file}; give that one: --clip")
     return clip_model
@@ -105,17 +107,15 @@ def checkpoint_clip(checkpoint: dict, path: str | Path,
 def frozen_visual(checkpoint: dict, path: str | Path,
                   clip_name_or_path: str | Path | None = None) -> nn.Module:
     """The frozen image encoder of a checkpoint: a converted one holds it, others only its CLIP."""
-    if checkpoint["clip_sha256"] is not None:
-        return checkpoint_clip(checkpoint, path, clip_name_or_path).visual
-    return clip_files.visual_from_state(checkpoint["weights"], "encoder.visual.")
+    if "encoder.visual.conv1.weight" in checkpoint["weights"]:
+        return clip_files.visual_from_state(checkpoint["weights"], "encoder.visual.")
+    return checkpoint_clip(checkpoint, path, clip_name_or_path).visual
 
 
 def encode_names(checkpoint: dict, path: str | Path, class_names: Sequence[str],
                  templates: Sequence[str], clip_name_or_path: str | Path | None = None) -> Tensor:
     """Paper Sec. 3.3: T (C, D) for names other than the training's, by the checkpoint's own CLIP.
-
-    Raises ValueError for another CLIP, and for two names that CLIP cannot tell apart.
-    """
+    Raises ValueError for another CLIP, and for two names that CLIP cannot tell apart."""
     clip_model = checkpoint_clip(checkpoint, path, clip_name_or_path)
     return clip_files.encode_text(clip_model, class_names, templates)
 

@@ -1,10 +1,13 @@
 """CLIP's files and text encoder (paper Sec. 4.2: "We used the ViT-B/16 model from CLIP").
 
-A CLIP is one that OpenAI published, downloaded once, or your own file. Code in a file never runs.
+A CLIP is one that OpenAI published, downloaded once, or your own file or folder (OpenAI's form,
+Hugging Face's or OpenCLIP's). Code in a file never runs.
 """
 
+import fcntl
 import hashlib
 import importlib.util
+import json
 import math
 import pickle
 import re
@@ -16,7 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from util import clip_formats
 
 # Importing `clip` normally also imports torchvision and pkg_resources, which we do not need.
 # Registering an empty package of that name and path first lets us import only what we use.
@@ -41,18 +46,16 @@ TOY_CLIP = Path(__file__).with_name("toy_clip.pt")  # the toy world's small CLIP
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits. A checkpoint knows its CLIP by it."""
+    """SHA-256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def clip_file(name_or_path: str | Path) -> Path:
-    """The path of a CLIP file. A published name is downloaded once, to ~/.cache/clip.
-
-    Raises ValueError for a name that is neither published nor a file, and for a wrong SHA-256.
-    """
+    """The path of a CLIP's file or folder. A published name is downloaded once, to ~/.cache/clip.
+    Raises ValueError for a name that is neither published nor a file, and for a wrong SHA-256."""
     path = Path(name_or_path)
-    if path.is_file():
+    if path.exists():
         return path
     if path.name == TOY_CLIP.name:  # a checkpoint records where the shipped file was in training
         return TOY_CLIP
@@ -64,8 +67,11 @@ def clip_file(name_or_path: str | Path) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:  # PyTorch writes a temporary file, checks its SHA-256, then renames it
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256,
-                                           progress=sys.stderr.isatty())
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one downloads
+                if not path.exists():
+                    torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256,
+                                                   progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             raise ValueError(f"--clip {name_or_path}: the download failed ({error}); fetch {url} "
                              f"elsewhere and give the file's path") from error
@@ -77,9 +83,7 @@ def clip_file(name_or_path: str | Path) -> Path:
 
 def read_tensors(path: str | Path):
     """What a file of tensors and plain values holds, on the CPU; nothing in the file is ever run.
-
-    Raises pickle.UnpicklingError for any other file.
-    """
+    Raises pickle.UnpicklingError for any other file."""
     with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -89,81 +93,93 @@ def read_tensors(path: str | Path):
 
 def load_clip(name_or_path: str | Path) -> clip.model.CLIP:
     """Paper Sec. 4.2: CLIP's image and text encoder, frozen, on the CPU, float32, in eval mode.
-
-    Its sizes are those of the file's tensors. Raises ValueError for a file that does not fit.
-    """
+    Sizes, heads and activation are the file's. Raises ValueError for a file that does not fit."""
     path = clip_file(name_or_path)
     try:
-        state = read_openai(path)
-        check(state)
-        return build_clip(state)
+        path = clip_formats.weights_file(path)
+        return build_clip(*clip_formats.openai_form(read_weights(path), path))
     except Exception as error:  # PyTorch raises a dozen kinds for a file that does not fit
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{path} is no CLIP that can be used here: {reason[:200]}") from error
 
 
-def read_openai(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file in OpenAI's format, float32: an archive as published or a state dict.
-
-    OpenAI publishes TorchScript archives. Opening one can run code, so only OpenAI's are opened.
-    """
-    if file_sha256(path) in CLIP_FILES.values():
+def read_weights(path: Path) -> dict:
+    """What a file of weights holds, or all the files that an index lists. To open a TorchScript
+    archive, as OpenAI publishes, can run code. Only OpenAI's own are opened."""
+    if path.suffix == ".json":  # `with_name` refuses what lies outside the folder
+        files = set(json.loads(path.read_text())["weight_map"].values())
+        return {k: v for file in files for k, v in read_weights(path.with_name(file)).items()}
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError("pip install safetensors, which reads it") from None
+        return load_file(path)
+    try:
+        return read_tensors(path)
+    except pickle.UnpicklingError:
+        if file_sha256(path) not in CLIP_FILES.values():
+            raise
         with warnings.catch_warnings(action="ignore"):  # PyTorch calls TorchScript deprecated
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-    else:
-        state = read_tensors(path)
-    sizes = ("input_resolution", "context_length", "vocab_size")  # the tensors' shapes tell them
-    return {name: tensor.float() for name, tensor in state.items() if name not in sizes}
+            return torch.jit.load(path, map_location="cpu").state_dict()
 
 
-def check(state: dict[str, Tensor]) -> None:
-    """Raise ValueError for a CLIP with a ResNet and for numbers that are not finite."""
-    if "visual.layer1.0.conv1.weight" in state:
-        raise ValueError("it holds a ResNet; CLIP-RC needs an image transformer like ViT-B/16")
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite numbers")
-
-
-def build_clip(state: dict[str, Tensor]) -> clip.model.CLIP:
-    """OpenAI's model around the tensors of its state dict, which become its parameters."""
-    vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
+def build_clip(state: dict[str, Tensor], encoders: list[tuple[int, bool]]) -> clip.model.CLIP:
+    """OpenAI's model around the tensors of its state dict, which become its parameters.
+    encoders: of image and text the number of heads and whether there is QuickGELU."""
     text_width, embed_dim = state["text_projection"].shape
-    with torch.device("meta"):  # no memory, no initialisation
-        model = clip.model.CLIP(
-            embed_dim, patch_size * math.isqrt(len(state["visual.positional_embedding"]) - 1),
-            count_layers(state, "visual.transformer."), vision_width, patch_size,
-            len(state["positional_embedding"]), len(state["token_embedding.weight"]),
-            text_width, text_width // 64, count_layers(state, "transformer."))
+    with torch.device("meta"):  # no memory, no initialisation; both transformers are replaced
+        model = clip.model.CLIP(embed_dim, 1, 1, 64, 1, len(state["positional_embedding"]),
+                                len(state["token_embedding.weight"]), text_width, 1, 1)
+    model.visual = visual_from_state(state, "visual.", *encoders[0])
+    mask = model.build_attention_mask()  # the one tensor that a state dict does not hold
+    model.transformer = empty_transformer(state, "transformer.", *encoders[1], mask)
     model.load_state_dict(state, assign=True)
-    for block in model.transformer.resblocks:  # the one tensor that a state dict does not hold
-        block.attn_mask = model.build_attention_mask()
     return model.eval().requires_grad_(False)
 
 
-def visual_from_state(state: dict[str, Tensor], prefix: str = "") -> clip.model.VisionTransformer:
+def visual_from_state(state: dict[str, Tensor], prefix: str = "", heads: int | None = None,
+                      quick_gelu: bool = True) -> clip.model.VisionTransformer:
     """OpenAI's image transformer around the tensors of `state` whose names begin with `prefix`."""
     state = {name[len(prefix):]: state[name] for name in state if name.startswith(prefix)}
     width, _, patch_size, _ = state["conv1.weight"].shape
+    side = patch_size * math.isqrt(len(state["positional_embedding"]) - 1)
     with torch.device("meta"):
-        visual = clip.model.VisionTransformer(
-            patch_size * math.isqrt(len(state["positional_embedding"]) - 1), patch_size, width,
-            count_layers(state, "transformer."), width // 64, state["proj"].shape[1])
+        visual = clip.model.VisionTransformer(side, patch_size, width, 1, 1, state["proj"].shape[1])
+    visual.transformer = empty_transformer(state, "transformer.", heads or width // 64, quick_gelu)
     visual.load_state_dict(state, assign=True)
     return visual
 
 
-def count_layers(state: dict[str, Tensor], tower: str) -> int:
-    """The number of transformer layers whose tensors' names begin with `tower`."""
-    return sum(name.startswith(tower) and name.endswith(".ln_1.weight") for name in state)
+def empty_transformer(state: dict[str, Tensor], prefix: str, heads: int, quick_gelu: bool,
+                      mask: Tensor | None = None) -> clip.model.Transformer:
+    """OpenAI's transformer with the layers and the MLPs' width of `state`, which is not loaded."""
+    layers = sum(name.startswith(prefix) and name.endswith(".ln_1.weight") for name in state)
+    hidden, width = state[f"{prefix}resblocks.0.mlp.c_fc.weight"].shape
+    with torch.device("meta"):
+        transformer = clip.model.Transformer(width, layers, heads, mask)
+        for block in transformer.resblocks:
+            block.mlp.c_fc, block.mlp.c_proj = nn.Linear(width, hidden), nn.Linear(hidden, width)
+            block.mlp.gelu = clip.model.QuickGELU() if quick_gelu else nn.GELU()
+    return transformer
+
+
+def clip_digest(clip_model: clip.model.CLIP) -> str:
+    """SHA-256 of a CLIP's tensors, heads and activations, the same for every form of its file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip_model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    for transformer in (clip_model.visual.transformer, clip_model.transformer):
+        block = transformer.resblocks[0]
+        digest.update(f"{block.attn.num_heads} {type(block.mlp.gelu).__name__}".encode())
+    return digest.hexdigest()
 
 
 def tokenize(texts: Sequence[str], context_length: int) -> Tensor:
     """CLIP's text input (len(texts), context_length), int64: start, byte pairs, end, zeros.
-
     Raises ValueError for a text that does not fit or contains a start or end token: the encoder
-    would read only its beginning.
-    """
+    would read only its beginning."""
     tokenizer = clip.simple_tokenizer.SimpleTokenizer()
     start, end = tokenizer.encoder["<|startoftext|>"], tokenizer.encoder["<|endoftext|>"]
     tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
@@ -182,11 +198,9 @@ def tokenize(texts: Sequence[str], context_length: int) -> Tensor:
 def encode_text(clip_model: clip.model.CLIP, class_names: Sequence[str],
                 templates: Sequence[str]) -> Tensor:
     """Paper Sec. 3.3: T (C, D), the text embeddings of the class names, rows of unit length.
-
     templates: sentences with one {} for the name. A name's unit-length embeddings are averaged.
-    Raises ValueError for two names that CLIP cannot tell apart, such as "car" and "Car": with two
-    equal rows in T, one of the two classes would never be predicted.
-    """
+    Raises ValueError for two names that CLIP cannot tell apart, such as "car" and "Car": one of two
+    classes with equal rows in T would never be predicted."""
     texts = [template.replace("{}", name) for name in class_names for template in templates]
     tokens = tokenize(texts, clip_model.context_length)
     rows = tokens[::len(templates)].tolist()
