@@ -3,7 +3,7 @@
     python data.py                              draws a sheet of training samples of the toy world
     python data.py --dataset D --data-root R    of another data set (tools.check_data reads it all)
 
-Folders under --data-root (their sub-folders are not searched):
+Folders under --data-root:
 
     voc, toy       JPEGImages/*.jpg  SegmentationClass/*.png  [SegmentationClassAug/*.png]
                    ImageSets/Segmentation/{train,val}.txt  [trainaug.txt or aug.txt]
@@ -11,12 +11,12 @@ Folders under --data-root (their sub-folders are not searched):
                    ImageSets/SegmentationContext/{train,val}.txt
     coco-stuff     images/{train2017,val2017}/*.jpg
                    annotations/{train2017,val2017}/*.png or *_labelTrainIds.png
+    ade20k         images/{training,validation}/*.jpg  annotations/{training,validation}/*.png
     folder         images/*.{jpg,jpeg,png,webp}  masks/*.png  classes.txt  [train.txt  val.txt]
 
-"folder" is your own data. A mask has its image's name; a list has one name per line. classes.txt
-has one class name per line, the first for class 0; a leading * marks an unseen class. Each pixel of
-a mask holds its class number, or 255 if no class fits: training takes such pixels as examples of
-what no class looks like, and evaluation leaves them out.
+"folder" is your own data (see docs/data.md). A line of classes.txt is a class name, the first for
+mask value 0, or "4 = fence", or "128,64,128 = fence"; * before a name marks an unseen class.
+Training takes pixels of 255 as examples of what no class looks like; evaluation leaves them out.
 """
 
 import argparse
@@ -32,91 +32,39 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from util import draw, toy
-from util.folder import files_by_stem, read_classes, read_list
-from util.images import IGNORE, MEAN, STD, fit_size, normalise, read_image, read_mask, save_image
+from util import draw, folder, toy
+from util.class_names import ADE20K, COCO_STUFF, CONTEXT, FIFTEEN_TEMPLATES, ONE_TEMPLATE, VOC
+from util.images import IGNORE, MEAN, STD, fit_size, normalise, read_image, save_image
 from util.processes import run_script
-
-ONE_TEMPLATE = ("a photo of a {}",)
-FIFTEEN_TEMPLATES = (
-    "a photo of a {}.", "a photo of a small {}.", "a photo of a medium {}.",
-    "a photo of a large {}.", "This is a photo of a {}.", "This is a photo of a small {}.",
-    "This is a photo of a medium {}.", "This is a photo of a large {}.", "a {} in the scene.",
-    "a photo of a {} in the scene.", "There is a {} in the scene.", "There is the {} in the scene.",
-    "This is a {} in the scene.", "This is the {} in the scene.", "This is one {} in the scene.")
-
-VOC_CLASSES = tuple("""aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog
-    horse motorbike person pottedplant sheep sofa train tvmonitor""".split())
-CONTEXT_CLASSES = tuple("""background aeroplane bag bed bedclothes bench bicycle bird boat book
-    bottle building bus cabinet car cat ceiling chair cloth computer cow cup curtain dog door fence
-    floor flower food grass ground horse keyboard light motorbike mountain mouse person plate
-    platform pottedplant road rock sheep shelves sidewalk sign sky snow sofa table track train tree
-    truck tvmonitor wall water window wood""".split())
-# 80 thing classes, then 91 stuff classes
-COCO_STUFF_CLASSES = tuple(" ".join(name.split()) for name in """person, bicycle, car, motorcycle,
-    airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, bench,
-    bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
-    tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove,
-    skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana,
-    apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch,
-    potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone,
-    microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
-    hair drier, toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet, cage,
-    cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard,
-    curtain, desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone,
-    floor-tile, floor-wood, flower, fog, food-other, fruit, furniture-other, grass, gravel,
-    ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin,
-    net, paper, pavement, pillow, plant-other, plastic, platform, playingfield, railing, railroad,
-    river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other,
-    stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable,
-    wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood,
-    water-other, waterdrops, window-blind, window-other, wood""".split(","))
-COCO_STUFF_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # no pixel of the maps has these
-NO_CLASS = 254  # what `Dataset.mapping` gives for a mask value that means nothing
 
 # ------------------------------------------------------------------- paper Sec. 4.1: the data sets
 
-
-# In paths, {} is the split, train or val. Mask value values[i] means class i; 255 and the values in
-# `ignored` mean no class. more_names (one of the two) and more_masks are the augmented set's.
+# In paths, {0} is the split, train or val, and {1} its long name. Mask value values[i] means class
+# i; 255 and the values in `ignored` mean no class. more_names (one of the two) and more_masks are
+# the augmented set's. util/class_names.py has the class names and which of them are unseen.
 DATASETS = {
-    "voc": dict(
-        images="JPEGImages",
-        masks="SegmentationClass",
-        names="ImageSets/Segmentation/{}.txt",
-        class_names=VOC_CLASSES,
-        unseen=("pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-        templates=ONE_TEMPLATE,
-        values=range(1, 21), ignored=(0,),  # 0 is background
+    "voc": VOC | dict(
+        images="JPEGImages", masks="SegmentationClass", names="ImageSets/Segmentation/{0}.txt",
+        values=range(1, 21), ignored=(0,), templates=ONE_TEMPLATE,  # 0 is background
         more_names=("ImageSets/Segmentation/trainaug.txt", "ImageSets/Segmentation/aug.txt"),
         more_masks="SegmentationClassAug"),
-    "context": dict(
-        images="JPEGImages",
-        masks="SegmentationClassContext",
-        names="ImageSets/SegmentationContext/{}.txt",
-        class_names=CONTEXT_CLASSES,
-        unseen=("cow", "motorbike", "sofa", "cat", "boat", "fence", "bird", "tvmonitor", "keyboard",
-                "aeroplane"),
-        templates=FIFTEEN_TEMPLATES,
-        values=range(60), ignored=()),
-    "coco-stuff": dict(
-        images="images/{}2017",
-        masks="annotations/{}2017",
-        names=None,  # a split is a whole folder
-        class_names=COCO_STUFF_CLASSES,
-        unseen=("cow", "giraffe", "suitcase", "frisbee", "skateboard", "carrot", "scissors",
-                "cardboard", "clouds", "grass", "playingfield", "river", "road", "tree",
-                "wall-concrete"),
-        templates=FIFTEEN_TEMPLATES,
-        values=[value for value in range(182) if value not in COCO_STUFF_UNUSED], ignored=()),
-    "folder": dict(  # the classes are in classes.txt
-        images="images", masks="masks", names="{}.txt", templates=FIFTEEN_TEMPLATES, ignored=()),
+    "context": CONTEXT | dict(
+        images="JPEGImages", masks="SegmentationClassContext",
+        names="ImageSets/SegmentationContext/{0}.txt",
+        values=range(60), ignored=(), templates=FIFTEEN_TEMPLATES),
+    "coco-stuff": COCO_STUFF | dict(  # its values are in util/class_names.py, too
+        images="images/{0}2017", masks="annotations/{0}2017", names=None,  # a whole folder
+        ignored=(), templates=FIFTEEN_TEMPLATES),
+    "ade20k": ADE20K | dict(  # not in the paper: for models that were trained on another data set
+        images="images/{1}", masks="annotations/{1}", names=None,
+        unseen=(), values=range(1, 151), ignored=(0,), templates=FIFTEEN_TEMPLATES),
+    "folder": dict(images="images", masks="masks", names="{0}.txt", templates=FIFTEEN_TEMPLATES),
 }
 DATASETS["toy"] = DATASETS["voc"] | dict(
     class_names=toy.CLASS_NAMES, unseen=tuple(toy.CLASS_NAMES[i] for i in toy.UNSEEN),
     templates=(toy.TEMPLATE,), more_names=None)
 DATASETS["context59"] = DATASETS["context"] | dict(  # paper Table 4: without background
-    class_names=CONTEXT_CLASSES[1:], values=range(1, 60), ignored=(0,))
+    class_names=CONTEXT["class_names"][1:], values=range(1, 60), ignored=(0,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,73 +76,62 @@ class Dataset:
     unseen: tuple[int, ...]  # indices of class_names
     templates: tuple[str, ...]
     pairs: list[tuple[Path, Path]]  # (image, mask)
-    mapping: np.ndarray  # (256,) uint8: mask value -> class number, IGNORE or NO_CLASS
+    mapping: np.ndarray  # uint8: mask value (or colour) -> class number, IGNORE or NO_CLASS
     note: str = ""  # what a user should know about this split
 
 
 def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
     """Paper Sec. 4.1: find a split ("train" or "val") of one of DATASETS on disk.
-
     Raises FileNotFoundError for a missing folder, list, image or mask, and ValueError for a class
-    list or a list of images that cannot be used.
-    """
+    list or a list of images that cannot be used."""
     entry, root, notes = DATASETS[name], Path(root), []
-    if name == "folder":
-        class_names, unseen = read_classes(root / "classes.txt")
-        entry = entry | dict(class_names=class_names, values=range(len(class_names)),
-                             unseen=[class_names[i] for i in unseen])
-        if not (root / "train.txt").exists() and not (root / "val.txt").exists():
-            entry["names"] = None
-            notes.append("no train.txt and val.txt: every image is in both splits")
-    images = files_by_stem(root / entry["images"].format(split))
-    masks = files_by_stem(root / entry["masks"].format(split), (".png",))
-    class_names, values = entry["class_names"], entry["values"]
-    converted = [stem for stem in masks if stem.endswith("_labelTrainIds")]
-    if converted:  # COCO-Stuff after mmsegmentation's conversion: the values are class numbers
-        masks = {stem.removesuffix("_labelTrainIds"): masks[stem] for stem in converted}
-        values = range(len(class_names))
-
-    names = read_list(root / entry["names"].format(split)) if entry["names"] else list(images)
+    splits = split, {"train": "training", "val": "validation"}[split]
+    images = folder.files_by_stem(root / entry["images"].format(*splits))
+    masks = folder.find_masks(root / entry["masks"].format(*splits), images)
+    names, lists = list(images), entry["names"]
+    if name == "folder" and not (root / "train.txt").exists() and not (root / "val.txt").exists():
+        names, lists = folder.split_images(names, split), None
+        notes.append(f"no train.txt and val.txt: {len(names)} of {len(images)} images, by name")
+    if lists:
+        names = folder.read_list(root / lists.format(split))
     if split == "train" and entry.get("more_names"):
-        lists = [root / file for file in entry["more_names"] if (root / file).exists()]
-        if lists and (root / entry["more_masks"]).exists():
-            names = list(dict.fromkeys(names + read_list(lists[0])))
-            masks |= files_by_stem(root / entry["more_masks"], (".png",))
+        more = [root / file for file in entry["more_names"] if (root / file).exists()]
+        if more and (root / entry["more_masks"]).exists():
+            names = list(dict.fromkeys(names + folder.read_list(more[0])))
+            masks |= folder.files_by_stem(root / entry["more_masks"], (".png",))
         else:
-            notes.append(f"no {entry['more_masks'] if lists else 'trainaug.txt or aug.txt'}: "
+            notes.append(f"no {entry['more_masks'] if more else 'trainaug.txt or aug.txt'}: "
                          f"training on train.txt alone ({len(names):,} images)")
-    if split == "train" and entry["names"]:
-        # SBD's lists, for example, contain validation images of VOC
-        validation = set(read_list(root / entry["names"].format("val")))
+    if split == "train" and lists:  # SBD's lists, for example, contain validation images of VOC
+        validation = set(folder.read_list(root / lists.format("val")))
         kept = [stem for stem in names if stem not in validation]
-        if not kept:  # a few images to try things on
-            notes.append("all training images are validation images too")
-        elif len(kept) < len(names):
-            notes.append(f"{len(names) - len(kept):,} validation images left out of training")
+        if len(kept) < len(names):
+            notes.append(f"{len(names) - len(kept):,} validation images left out of training"
+                         if kept else "all training images are validation images too")
         names = kept or names
-
-    for kind, files in (("image", images), ("mask", masks)):
+    for kind, files in (("images", images), ("masks", masks)):
         missing = [stem for stem in names if stem not in files]
         if missing:
-            folder = root / entry[f"{kind}s"].format(split)
-            others = f", but {next(iter(files.values())).name}" if files else ""
-            raise FileNotFoundError(f"{folder}: no {kind} {missing[0]}{others}; add it or take the "
-                                    f"image off the list ({len(missing)} of {len(names)} missing)")
-    if not names:
-        raise ValueError("; ".join([f"{root}: no images in the {split} split", *notes]))
-    mapping = np.full(256, NO_CLASS, np.uint8)
-    mapping[list(values)] = range(len(values))
-    mapping[[*entry["ignored"], IGNORE]] = IGNORE
+            raise FileNotFoundError(
+                f"{root / entry[kind].format(*splits)}: no file for '{missing[0]}', but "
+                f"{next(iter(files.values()))} ({len(missing):,} of {len(names):,} are missing)")
+    if name == "folder":
+        class_names, unseen, mapping = folder.read_classes(root / "classes.txt")
+    else:
+        class_names, values = entry["class_names"], entry["values"]
+        if masks[names[0]].stem.endswith("_labelTrainIds"):  # COCO-Stuff, converted for training
+            values = range(len(class_names))
+        unseen = tuple(map(class_names.index, entry["unseen"]))
+        mapping = np.full(256, folder.NO_CLASS, np.uint8)
+        mapping[list(values)] = range(len(values))
+        mapping[[*entry["ignored"], IGNORE]] = IGNORE
     pairs = [(images[stem], masks[stem]) for stem in names]
-    return Dataset(name, class_names, tuple(map(class_names.index, entry["unseen"])),
-                   entry["templates"], pairs, mapping, "; ".join(notes))
+    return Dataset(name, class_names, unseen, entry["templates"], pairs, mapping, "; ".join(notes))
 
 
 def with_unseen(dataset: Dataset, names: str) -> Dataset:
     """Another choice of unseen classes than paper Sec. 4.1's: comma-separated names, "" for none.
-
-    Raises ValueError for a name that is not a class of the data set.
-    """
+    Raises ValueError for a name that is not a class of the data set."""
     listed = [" ".join(name.split()) for name in names.split(",") if name.strip()]
     for name in listed:
         if name not in dataset.class_names:
@@ -205,33 +142,35 @@ def with_unseen(dataset: Dataset, names: str) -> Dataset:
 
 def seen_classes(dataset: Dataset) -> Dataset:
     """Paper Sec. 4.3, inductive setting: the data set without its unseen classes.
-
-    Their pixels become IGNORE and the others count from 0. Raises ValueError if there are none.
-    """
+    Their pixels become IGNORE and the others count from 0. Raises ValueError if there are none."""
     seen = [i for i in range(len(dataset.class_names)) if i not in dataset.unseen]
     if not seen:
         raise ValueError(f"{dataset.name}: every class is unseen; inductive training needs others")
     table = np.full(256, IGNORE, np.uint8)
     table[seen] = np.arange(len(seen))
-    table[NO_CLASS] = NO_CLASS
+    table[folder.NO_CLASS] = folder.NO_CLASS
     return replace(dataset, class_names=tuple(dataset.class_names[i] for i in seen), unseen=(),
                    mapping=table[dataset.mapping])
 
 
 def read_pair(dataset: Dataset, index: int) -> tuple[Image.Image, np.ndarray]:
     """Paper Sec. 4.1: an image and its label, (H, W) uint8 class numbers and IGNORE.
-
-    Raises ValueError for a file that cannot be used, sizes that differ, or a value of no class.
-    """
+    Raises ValueError for a file that cannot be used, sizes that differ, or a value of no class."""
     image_path, mask_path = dataset.pairs[index]
-    image, values = read_image(image_path, has_mask=True), read_mask(mask_path)
+    image = read_image(image_path, has_mask=True)
+    values = folder.read_values(mask_path, len(dataset.mapping))
     if image.size != values.shape[::-1]:
-        raise ValueError(f"{mask_path}: {values.shape[1]}x{values.shape[0]} pixels, but "
-                         f"{image_path.name} has {image.width}x{image.height}; make them equal")
+        raise ValueError(f"{mask_path}: {values.shape[1]}x{values.shape[0]} pixels, but its image "
+                         f"has {image.width}x{image.height}; make them equal")
     label = dataset.mapping[values]
-    if (label == NO_CLASS).any():
-        raise ValueError(f"{mask_path}: value {values[label == NO_CLASS][0]} is not a class of "
-                         f"{dataset.name}; correct the mask (255 where no class fits)")
+    unknown, counts = np.unique(values[label == folder.NO_CLASS], return_counts=True)
+    if len(unknown):
+        value = folder.value_text(unknown[counts.argmax()], len(dataset.mapping))
+        what = (f"in classes.txt; write `{value} = NAME`, or `{value} = -` to ignore it"
+                if dataset.name == "folder" else
+                f"a class of {dataset.name}; correct the mask (255 where no class fits)")
+        raise ValueError(f"{mask_path}: {value} ({counts.max() / values.size:.2%} of the pixels) "
+                         f"is not {what}")
     return image, label
 
 
@@ -264,8 +203,7 @@ class TrainSet(torch.utils.data.Dataset):
 
     Item (epoch, index) -> (3, crop, crop) float32 image, (crop, crop) int64 label. Its random
     numbers depend only on (seed, epoch, index), so workers, processes and resumed runs agree.
-    For the inductive setting give `seen_classes(dataset)`.
-    """
+    For the inductive setting give `seen_classes(dataset)`."""
 
     def __init__(self, dataset: Dataset, crop: int, seed: int,
                  scale: tuple[float, float] = (0.5, 2), colours: bool = True):
@@ -309,8 +247,7 @@ class GlobalBatches(torch.utils.data.Sampler):
 
     Image j of batch t is number t·batch_size + j in a stream of shuffled epochs, for any number of
     processes and after a resume. PyTorch's DistributedSampler pads each epoch to a multiple of the
-    processes and cannot start inside one. Raises ValueError for a batch that cannot be shared.
-    """
+    processes and cannot start inside one. Raises ValueError for a batch that cannot be shared."""
 
     def __init__(self, length: int, batch_size: int, iterations: int, seed: int, rank: int = 0,
                  world: int = 1, start: int = 0):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import COCO_STUFF_UNUSED
+from util.class_names import COCO_STUFF
 
 
 def picture(path: Path, size: tuple[int, int] = (60, 40), seed: int = 0) -> None:
@@ -52,11 +52,31 @@ def context(root: Path) -> Path:
 
 def coco(root: Path, converted: bool = False) -> Path:
     """One image in each split, with every value of a mask, as published or as converted."""
-    values = range(171) if converted else [i for i in range(182) if i not in COCO_STUFF_UNUSED]
+    values = range(171) if converted else COCO_STUFF["values"]
     for split in ("train2017", "val2017"):
         picture(root / "images" / split / "1.jpg")
         file = f"1{'_labelTrainIds' * converted}.png"
         mask(root / "annotations" / split / file, np.resize([*values, 255], (40, 60)))
+    return root
+
+
+def ade20k(root: Path) -> Path:
+    """One image in each split: other, wall, flag."""
+    for split in ("training", "validation"):
+        picture(root / "images" / split / "ADE_1.jpg")
+        mask(root / "annotations" / split / "ADE_1.png", [0, 1, 150])
+    return root
+
+
+def street(root: Path) -> Path:
+    """Your own data as CamVid has it: masks in colours, named like their image and _L."""
+    colours = np.uint8([(0, 0, 0), (128, 64, 128), (64, 0, 128), (64, 64, 0)]).repeat(15, 0)
+    (root / "masks/seq").mkdir(parents=True)
+    for stem in ("a", "seq/b", "seq/c"):
+        picture(root / "images" / f"{stem}.png")
+        Image.fromarray(np.stack([colours] * 40)).save(root / "masks" / f"{stem}_L.png")
+    lines = "128,64,128 = road  # grey", "64 0 128 = car", "64,64,0=*walker", "0,0,0 = -"
+    (root / "classes.txt").write_text("\n".join(lines))
     return root
 
 

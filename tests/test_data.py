@@ -7,10 +7,13 @@ import miniature
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from PIL import Image
 
 import data
-from tools import check_data
+from tools import check_data, convert_context
+from util.class_names import CONTEXT
+from util.folder import NO_CLASS, split_images
 from util.images import IGNORE, MEAN, STD, fit_size, normalise, read_image, read_mask
 
 IMAGE, TURNED = Image.new("RGB", (60, 40)), Image.Exif()
@@ -46,7 +49,7 @@ def classes_shown(pixels):
     ("context59", [255, 0, 58], 59, {0, 6, 7, 14, 19, 24, 31, 33, 48, 54}, 15),
     ("coco-stuff", [0, 12, 24, 36, 48], 171,
      {19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160}, 15),
-    ("folder", [0, 1, 2, 255], 3, {2}, 15)])
+    ("ade20k", [255, 0, 149], 150, set(), 15), ("folder", [0, 1, 2, 255], 3, {2}, 15)])
 def test_labels_count_the_papers_classes(tmp_path, name, label, number, unseen, templates):
     dataset = open_miniature(name, tmp_path, "val")
     assert len(set(dataset.class_names)) == number and set(dataset.unseen) == unseen
@@ -61,6 +64,23 @@ def test_raw_and_converted_coco_maps_give_the_same_labels(tmp_path):
     pairs = [data.read_pair(data.open_dataset("coco-stuff", root, "val"), 0) for root in roots]
     assert np.array_equal(pairs[0][1], pairs[1][1])
     assert np.unique(pairs[0][1]).tolist() == [*range(171), 255]
+
+
+def test_contexts_matlab_files_are_reduced_to_59_classes_and_background(tmp_path, monkeypatch):
+    names = ["thing", *CONTEXT["class_names"][:0:-1]]  # numbers 1 to 60
+    (tmp_path / "labels.txt").write_text("".join(f"{i}: {a}\n" for i, a in enumerate(names, 1)))
+    # scipy.io.savemat: LabelMap = [[1, 2, 459, 2], [300, 3, 1, 60], [60, 1, 2, 400]], compressed
+    (tmp_path / "a.mat").write_bytes(bytes(128) + bytes.fromhex(
+        "0f00000042000000789ce36360600800623620e600626e06086085f2998198058819a17c9fc4a4d41cdfc402"
+        "909804585c87d1868109a88e91e134232390c5c460c330811100b1aa05bd"))
+    (tmp_path / "ImageSets/Main").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / f"ImageSets/Main/{split}.txt").write_text("a\nb\n")
+    monkeypatch.setattr(sys, "argv", ["", tmp_path, tmp_path / "labels.txt", tmp_path])
+    convert_context.main()
+    assert read_mask(tmp_path / "SegmentationClassContext/a.png").tolist() == [
+        [0, 59, 0, 59], [0, 58, 0, 1], [1, 0, 59, 0]]
+    assert (tmp_path / "ImageSets/SegmentationContext/val.txt").read_text() == "a"
 
 
 def test_voc_trains_on_the_augmented_set_and_is_tested_with_the_published_masks(tmp_path):
@@ -91,14 +111,48 @@ def test_validation_images_on_the_training_list_are_left_out(tmp_path, name, fil
     assert len(dataset.pairs) > len(names) and "are validation images too" in dataset.note
 
 
-def test_your_own_data_is_whole_in_both_splits_unless_lists_say_otherwise(tmp_path):
-    whole = open_miniature("folder", tmp_path)
-    assert whole.pairs == data.open_dataset("folder", tmp_path, "val").pairs
-    assert whole.class_names == ("häuser", "road", "tree top") and "in both splits" in whole.note
+def test_your_own_data_is_split_by_lists_of_names_with_or_without_suffix(tmp_path):
+    open_miniature("folder", tmp_path)
     (tmp_path / "val.txt").write_text("three v2\n")
     (tmp_path / "train.txt").write_text("two.PNG\none\none\n")  # with a suffix, as `ls` writes it
     train, val = (data.open_dataset("folder", tmp_path, split) for split in ("train", "val"))
+    assert train.class_names == ("häuser", "road", "tree top")
     assert (stems(train), stems(val), train.note) == (["two", "one"], ["three v2"], "")
+
+
+def test_without_lists_a_tenth_is_held_out_and_stays_so_when_images_are_added(tmp_path):
+    names = [f"IMG_{i:04d}" for i in range(1000)]
+    train, val = (split_images(names, split) for split in ("train", "val"))
+    assert sorted(train + val) == names and 70 < len(val) < 130
+    assert split_images(names[:500], "val") == [name for name in val if name < names[500]]
+    for few in range(2, 10):
+        train, val = (split_images(names[:few], split) for split in ("train", "val"))
+        assert train and val and sorted(train + val) == names[:few]
+    assert split_images(["a"], "train") == split_images(["a"], "val") == ["a"]
+    folders = ["test/a", "train/a", "train/b", "val/c"]
+    assert [split_images(folders, split) for split in ("train", "val")] == [folders[1:3], ["val/c"]]
+    train, val = open_miniature("folder", tmp_path), data.open_dataset("folder", tmp_path, "val")
+    assert len(train.pairs) == 2 and len(val.pairs) == 1 and "1 of 3 images, by name" in val.note
+
+
+def test_masks_in_colours_and_sub_folders_with_a_suffix_that_all_share(tmp_path):
+    miniature.street(tmp_path)
+    (tmp_path / "train.txt").write_text("a\nseq/b.png"), (tmp_path / "val.txt").write_text("seq/c")
+    dataset = data.open_dataset("folder", tmp_path, "train")
+    assert dataset.class_names == ("road", "car", "walker") and dataset.unseen == (2,)
+    assert data.read_pair(dataset, 1)[1][0, ::15].tolist() == [255, 0, 1, 2]
+    assert data.read_pair(data.seen_classes(dataset), 1)[1][0, ::15].tolist() == [255, 0, 1, 255]
+    miniature.picture(tmp_path / "images/a_L.png"), (tmp_path / "masks/seq").rename(tmp_path / "b")
+    with pytest.raises(FileNotFoundError, match="no file for 'a', but .*a_L.png .2 of 2 "):
+        data.open_dataset("folder", tmp_path, "train")
+
+
+def test_class_list_says_what_each_value_becomes(tmp_path):
+    miniature.folder(tmp_path)
+    (tmp_path / "classes.txt").write_text("2 = *fence\n0 = road\n1=road # both\n11 = -\n255 = -")
+    dataset = data.open_dataset("folder", tmp_path, "train")
+    assert dataset.class_names == ("fence", "road") and dataset.unseen == (0,)
+    assert dataset.mapping[[0, 1, 2, 3, 11, 255]].tolist() == [1, 1, 0, NO_CLASS, 255, 255]
 
 
 def test_other_unseen_classes_are_chosen_by_name(tmp_path):
@@ -189,38 +243,71 @@ def test_several_processes_and_resumed_runs_see_the_stream_of_one(world, start):
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(epochs)) == 11
 
 
+def write(file, text):
+    return lambda root: (root / file).write_text(text)
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda root: (root / "masks").rename(root / "labels"), "masks: no such folder"),
-    (lambda root: (root / "classes.txt").write_text("cat\n\n cat"), "line 3: 'cat' again"),
+    (write("classes.txt", "cat\n\n cat"), "line 3: 'cat' again"),
+    (write("classes.txt", "4 = cat\n4 = dog"), "line 2: '4' again"),
+    (write("classes.txt", "4 = cat\ndog"), "line 2: give every line a value"),
+    (write("classes.txt", "cat = 4"), "line 1: write `4 = fence`"),
+    (write("classes.txt", "4 = cat\n1,2,300 = dog"), "line 2: write `4 = fence`"),
+    (write("classes.txt", "0 = ?  # 3 %"), "line 1: no class name"),
+    (write("classes.txt", "255 = border"), "255 means no class"),
     (lambda root: (root / "classes.txt").write_bytes(b"h\xe4user"), "classes.txt: not UTF-8"),
-    (lambda root: (root / "val.txt").write_text("\n"), "val.txt: empty"),
-    (lambda root: (root / "val.txt").write_text("ghost"), "no image ghost, but one.jpg"),
-    (lambda root: (root / "masks/one.png").unlink(), "no mask one, but three v2.png"),
+    (write("val.txt", "\n"), "val.txt: empty"),
+    (write("val.txt", "ghost"), "no file for 'ghost', but"),
+    (write("train.txt", "/v/train/one.png /v/trainannot/one.png"), "write the image alone"),
+    (lambda root: (root / "masks/one.png").unlink(), "masks: no file for 'one', but"),
+    (lambda root: [file.rename(file.with_suffix(".jpg")) for file in (root / "masks").iterdir()],
+     "masks: no PNG masks; JPEG changes class numbers"),
     (lambda root: miniature.picture(root / "images/one.png"), "one.jpg has the same name"),
     (lambda root: (root / "images/one.jpg").write_bytes(b"\xff\xd8"), "one.jpg: cannot be read"),
     (lambda root: IMAGE.save(root / "images/one.jpg", exif=TURNED), "EXIF orientation turns"),
     (lambda root: IMAGE.save(root / "masks/one.png"), "index must be the class number"),
     (lambda root: Image.new("I;16", (60, 40), 300).save(root / "masks/one.png"), "above 255"),
-    (lambda root: miniature.mask(root / "masks/one.png", [0, 9]), "value 9 is not a class of"),
-    (lambda root: miniature.mask(root / "masks/one.png", [0], (61, 40)), "one.jpg has 60x40"),
+    (lambda root: miniature.mask(root / "masks/one.png", [0, 1, 2, 9]), "one.png: 9 (25.00% of"),
+    (lambda root: miniature.mask(root / "masks/one.png", [0], (61, 40)), "its image has 60x40"),
     (lambda root: [miniature.mask(root / f"masks/{stem}.png", [0, 2]) for stem in ("one", "two")],
-     "no training pixel of the seen class 'road'")])
+     "class road: seen, but has no training pixel")])
 def test_check_data_says_each_thing_that_is_wrong_once(tmp_path, damage, words):
     root = miniature.folder(tmp_path)
     (root / "train.txt").write_text("one\ntwo"), (root / "val.txt").write_text("three v2")
     damage(root)
-    (problem,) = check_data.check("folder", root)
+    (problem,) = check_data.by_kind(check_data.check("folder", root)[0])
     assert words in problem and "\n" not in problem
 
 
-def test_check_data_counts_pixels_and_ends_with_2_if_a_file_is_wrong(tmp_path, capsys, monkeypatch):
-    root = miniature.folder(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["", "--dataset=folder", f"--data-root={root}"])
-    check_data.main()
-    assert "*tree top 3 1,800 3 1,800" in " ".join(capsys.readouterr().out.split())
-    (root / "masks" / "one.png").unlink()
-    with pytest.raises(SystemExit, match="2"):
-        check_data.main()
+def checked(root, *flags):
+    return run("--dataset=folder", "--data-root", root, *flags, program="tools/check_data.py")
+
+
+def test_check_data_counts_pixels_and_warns_of_an_unseen_class_that_is_never_tested(tmp_path):
+    result = checked(miniature.folder(tmp_path))
+    assert "*tree top 2 1,200 1 600" in " ".join(result.stdout.split())
+    assert result.stdout.endswith("nothing wrong\n") and result.returncode == 0
+    for file in (tmp_path / "masks").iterdir():
+        miniature.mask(file, [0, 1])
+    result = checked(tmp_path)
+    assert "warning: class tree top: unseen, but" in result.stdout and result.returncode == 0
+
+
+def test_check_data_groups_problems_by_what_to_do_about_them(tmp_path):
+    miniature.street(tmp_path)
+    (tmp_path / "classes.txt").write_text("128,64,128 = road\n64,0,128 = car\n64,64,0 = walker")
+    result = checked(tmp_path)
+    assert "3 times: masks/a_L.png, masks/seq/" in result.stdout and result.returncode == 2
+    assert result.stdout.count("0,0,0 (25.00% of the pixels)") == 1
+
+
+def test_check_data_suggests_a_class_list_that_needs_only_names(tmp_path):
+    suggested = checked(miniature.street(tmp_path), "--suggest").stdout
+    assert suggested.count("25.00% of the pixels") == 4 and "64,0,128 = ?" in suggested
+    (tmp_path / "classes.txt").write_text(suggested.replace("?", "a"))
+    assert checked(tmp_path).returncode == 0
+    assert "\n255 = -  " in checked(miniature.folder(tmp_path / "grey"), "--suggest").stdout
 
 
 def test_data_py_draws_a_sheet_of_training_samples(tmp_path, monkeypatch):

@@ -47,6 +47,11 @@ def read_image(path: str | Path, has_mask: bool = False) -> Image.Image:
     if "16" in layout and image.convert("L").getextrema()[1] < 16:
         raise ValueError(f"{path}: a 16-bit image that uses 12 bits or less would become black; "
                          "scale its values to 8 bits and save it again")
+    return on_white(image)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An image in RGB; transparent pixels become white."""
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -55,14 +60,12 @@ def read_image(path: str | Path, has_mask: bool = False) -> Image.Image:
 
 def read_mask(path: str | Path) -> np.ndarray:
     """Read a grey or palette PNG as (H, W) uint8: the values as they are in the file.
-
-    Raises FileNotFoundError; ValueError for colours, a value above 255 or a damaged file.
-    """
+    Raises FileNotFoundError; ValueError for colours, a value above 255 or a damaged file."""
     mask, layout = _open(Path(path), ("PNG",))
     if mask.mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(f"{path}: holds colours ({mask.mode}), not class numbers; save a grey or "
-                         "palette PNG. A palette's index must be the class number, and Pillow's "
-                         "quantize() makes up its own; look at samples with `python data.py`")
+        raise ValueError(f"{path}: holds colours ({mask.mode}), not class numbers; write them into "
+                         "classes.txt (`python -m tools.check_data --suggest` prints them) or save "
+                         "a PNG whose palette index must be the class number (not quantize()'s)")
     values = np.asarray(mask)  # (H, W)
     if values.max() > IGNORE:
         raise ValueError(f"{path}: value {values.max()} is above 255; save one class number per "
@@ -85,9 +88,7 @@ def fit_size(size: tuple[int, int], long_side: int, short_side: int) -> tuple[in
 
 def save_image(image: Image.Image, path: str | Path) -> None:
     """Save under a temporary name, then rename: an old file is replaced whole or not at all.
-
-    Creates the folder. Raises ValueError for a suffix that Pillow cannot write.
-    """
+    Creates the folder. Raises ValueError for a suffix that Pillow cannot write."""
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
