@@ -1,6 +1,6 @@
 """Your photo, your words (paper Fig. 6 and Fig. 2): label any photo with any class names.
 
-    python predict.py runs/toy/last.pt runs/toy_world/JPEGImages/val_00000.png --threshold 0.1
+    python predict.py                                a scene of the toy world, in ten seconds
     python predict.py runs/voc/last.pt street.jpg --classes "car, road, traffic light"
 
 This writes predictions/street.png, the photo beside its labels. The same from Python:
@@ -27,11 +27,11 @@ from torch import Tensor
 import data
 from eval import LOWER, region_classes, slide_inference, untrained_encoder
 from model import model_from_checkpoint
-from util import draw
-from util.checkpoint import encode_names, read_checkpoint
+from util import draw, toy
+from util.checkpoint import TOY_MODEL, encode_names, read_checkpoint
 from util.clip_files import TOY_CLIP
-from util.images import IGNORE, SUFFIXES, read_image, save_image
-from util.processes import Progress, autocast, run_script, start_processes
+from util.images import IGNORE, SUFFIXES, on_white, read_image, save_image
+from util.processes import PRECISIONS, Progress, autocast, run_script, start_processes
 
 AnyImage = str | Path | Image.Image | np.ndarray  # an array is (H, W, 3) or (H, W), uint8
 
@@ -79,8 +79,7 @@ class Segmenter:
     know which had masks in training: put a * before those that had none. After inductive training
     the scores of words with masks are lowered by 0.1, as in evaluation, if there are both kinds.
     clip, precision: None for the training's. threshold: a pixel whose best score is below it gets
-    no label. Raises ValueError or FileNotFoundError if these do not fit together.
-    """
+    no label. Raises ValueError or FileNotFoundError if these do not fit together."""
 
     def __init__(self, checkpoint: str | Path, class_names: Sequence[str] | None = None, *,
                  clip: str | None = None, device: str = "auto", precision: str | None = None,
@@ -104,11 +103,11 @@ class Segmenter:
         inductive = run.get("setting", "inductive") == "inductive"
         self.lower = LOWER if inductive and self.seen and self.unseen else 0.0
         self.crop, self.threshold = run.get("crop_size", 512), threshold
-        self.precision = precision or run.get("precision", "float32")
+        self.precision = precision or run.get("precision", "tf32")
         toy = Path(clip or saved.get("clip", "")).name == TOY_CLIP.name
         self.unknown = [name for name in self.names if toy and name.lower() not in draw.TEXTURES]
 
-        self.device = start_processes(device)
+        self.device = start_processes(device, self.precision)
         text = saved["text"] if self.names == own else encode_names(
             saved, checkpoint, self.names, saved.get("templates", data.ONE_TEMPLATE), clip)
         self.text = text.to(self.device)  # T (C, D)
@@ -144,9 +143,7 @@ def rgb_image(image: AnyImage) -> Image.Image:
         if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,)):
             raise ValueError(f"{image.dtype} {image.shape}: give uint8, (H, W, 3) or (H, W)")
         image = Image.fromarray(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return on_white(image)
 
 
 def label_map(scores: Tensor, size: tuple[int, int],
@@ -191,8 +188,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a file that train.py or tools/convert.py wrote")
-    add("photos", metavar="PHOTO", nargs="+", type=Path, help="a photo, or a folder of photos")
+    add("files", metavar="FILE", nargs="*", type=Path, help="a checkpoint, if the first ends in "
+        ".pt (default: the toy world's), then photos or folders of photos (default: a toy scene)")
     add("--classes", metavar="WORDS", help='"car, traffic light"; default: those of the training. '
         "For a converted checkpoint, put a * before a word that had no mask in training")
     add("--out", type=Path, default=Path("predictions"), help="folder of the images (%(default)s); "
@@ -200,12 +197,19 @@ def main() -> None:
     add("--save", action="store_true", help="also write NAME_labels.png: numbers from 0, 255 none")
     add("--regions", action="store_true", help="also write NAME_regions.png (Fig. 2)")
     add("--threshold", type=float, help="leave pixels unlabelled that score less (0 to 1)")
-    add("--clip", metavar="FILE", help="CLIP's file or published name; default: the training's")
+    add("--clip", metavar="FILE", help="CLIP's file, folder or name; default: the training's")
     add("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
-    add("--precision", choices=("float32", "bfloat16"), help="default: the training's")
+    add("--precision", choices=PRECISIONS, help="default: the training's")
     args = parser.parse_args()
-    photos, failed = find_photos(args.photos), []
-    segmenter = Segmenter(args.checkpoint, args.classes, clip=args.clip, device=args.device,
+    given = bool(args.files) and args.files[0].suffix == ".pt"
+    checkpoint = args.files.pop(0) if given else TOY_MODEL
+    if not args.files:
+        scene, _ = toy.draw_scene(np.random.default_rng(4), [toy.CLASSES[i] for i in (11, 16, 4)])
+        args.files = [args.out / "toy_scene.png"]
+        save_image(Image.fromarray(scene), args.files[0])
+        args.threshold = 0.1 if args.threshold is None else args.threshold  # the floor is no class
+    photos, failed = find_photos(args.files), []
+    segmenter = Segmenter(checkpoint, args.classes, clip=args.clip, device=args.device,
                           precision=args.precision, threshold=args.threshold)
     if segmenter.unknown:
         print("note: the toy world's CLIP knows only rugs, such as 'striped blue rug'; what it "

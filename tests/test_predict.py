@@ -15,7 +15,7 @@ from eval import LOWER, slide_inference
 from model import CLIPRC
 from predict import Segmenter
 from util.checkpoint import save_checkpoint
-from util.clip_files import encode_text, file_sha256, load_clip
+from util.clip_files import clip_digest, encode_text, load_clip
 
 NAMES, TEMPLATES = ("car", "traffic light", "cow"), ("a photo of a {}",)  # the last one is unseen
 WORDS = ["bus", "sheep", "tree", "road", "sky"]  # the untrained model finds three of them
@@ -31,7 +31,7 @@ def trained(folder: Path, clip_path: Path, model: dict = {}, **more) -> Path:
     text = encode_text(clip_model, NAMES, TEMPLATES)
     own = {"run": {"setting": "inductive", "crop_size": 64, "precision": "float32"},
            "class_names": list(NAMES), "unseen": [2], "templates": list(TEMPLATES), "text": text}
-    save_checkpoint(folder / "last.pt", model.settings, weights, file_sha256(clip_path),
+    save_checkpoint(folder / "last.pt", model.settings, weights, clip_digest(clip_model),
                     clip=str(clip_path), **own | more)
     return folder / "last.pt"
 
@@ -198,3 +198,10 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
 def test_regions_need_region_tokens(photo, tmp_path, clip_path):
     path = trained(tmp_path, clip_path, {"regions": 0, "ram": False, "rdl": False})
     assert "no region tokens" in refused(path, photo, "--regions", program="predict.py")
+
+
+def test_without_arguments_a_scene_of_the_toy_world_is_labelled(tmp_path):
+    result = run("--out", tmp_path, program="predict.py")
+    assert result.returncode == 0, result.stderr
+    assert "striped blue rug" in result.stdout and "* plain green rug" in result.stdout
+    assert (tmp_path / "toy_scene-2.png").exists()
