@@ -6,6 +6,7 @@
 
 With another --dataset than the checkpoint's it is the cross-dataset test of Table 4: that data
 set's class names are encoded, and nothing is lowered.
+Windows, the 0.1 and hIoU by hand: docs/walkthrough.md#43-testing
 """
 
 import argparse
@@ -38,9 +39,7 @@ WINDOWS = 8  # of one image in a batch
 
 def window_corners(height: int, width: int, crop: int, stride: int) -> list[tuple[int, int]]:
     """Released code: (top, left) of the windows over an image of at least crop x crop pixels.
-
-    The last window of a row or column is moved back to end at the image's border.
-    """
+    The last window of a row or column is moved back to end at the image's border."""
     tops, lefts = ([min(start, size - crop) for start in range(0, size - crop + stride, stride)]
                    for size in (height, width))
     return [(top, left) for top in tops for left in lefts]
@@ -50,11 +49,9 @@ def window_corners(height: int, width: int, crop: int, stride: int) -> list[tupl
 def slide_inference(model: nn.Module, image: Tensor, text: Tensor, crop: int, stride: int,
                     lower: float = LOWER, seen: Sequence[int] = ()) -> Tensor:
     """Released code: the score of every class at every pixel of an image of any size.
-
     The sigmoid scores of crop x crop windows every `stride` pixels, averaged where windows
     overlap; those of the classes `seen` (rows of text) are lowered by `lower`.
-    image: (3, H, W) or (1, 3, H, W), normalised. text: T (C, D). Returns (C, H, W), float32.
-    """
+    image: (3, H, W) or (1, 3, H, W), normalised. text: T (C, D). Returns (C, H, W), float32."""
     height, width = image.shape[-2:]
     image = image.reshape(3, height, width).to(text.device)
     image = F.pad(image, (0, max(crop - width, 0), 0, max(crop - height, 0)))  # as in training
@@ -73,10 +70,8 @@ def slide_inference(model: nn.Module, image: Tensor, text: Tensor, crop: int, st
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """Sec. 4.3: how many pixels of each class were given each class; label 255 does not count.
-
     prediction, label: integers of one shape. Returns (C, C), int64: row = label, column =
-    prediction. Raises ValueError for a number that is not a class.
-    """
+    prediction. Raises ValueError for a number that is not a class."""
     counted = label != IGNORE
     label, prediction = label[counted].long(), prediction[counted].long()
     for numbers in (label, prediction):
@@ -96,9 +91,7 @@ def class_iou(confusion: Tensor) -> Tensor:
 
 def zero_shot_metrics(confusion: Tensor, unseen: Sequence[int]) -> dict[str, float]:
     """Sec. 4.3, Eq. 12: the columns of Tables 1-8, in percent; a mean over no class is NaN.
-
-    confusion: (C, C), rows are labels. unseen: the classes without a mask in training.
-    """
+    confusion: (C, C), rows are labels. unseen: the classes without a mask in training."""
     correct, labelled = confusion.diagonal().double(), confusion.sum(1).double()  # (C)
     iou = 100 * class_iou(confusion)  # (C)
     is_unseen = torch.zeros(len(iou), dtype=torch.bool)
@@ -113,28 +106,36 @@ def zero_shot_metrics(confusion: Tensor, unseen: Sequence[int]) -> dict[str, flo
 
 def evaluate(model: nn.Module, dataset: data.Dataset, text: Tensor, crop: int, stride: int,
              lower: float, seen: Sequence[int], workers: int = 0, precision: str = "float32",
-             save: Path | None = None) -> Tensor:
+             save: Path | None = None, background: float | None = None,
+             right: dict[int, float] | None = None) -> Tensor:
     """Sec. 4.3: the confusion matrix (C, C) of a data set, on the CPU. Processes share the images.
-
     text: T (C, D), on the model's device. save: a folder for the predicted labels, palette PNGs.
-    """
+    background: where the best score is below it, the prediction is the class after text's.
+    right: where to put each image's share of right pixels."""
     samples = data.TestSet(dataset, crop)
     mine = range(rank(), len(samples), world_size())
     loader = DataLoader(Subset(samples, mine), batch_size=None, num_workers=workers,
                         worker_init_fn=data.leave_signals)
-    confusion = torch.zeros(len(text), len(text), dtype=torch.int64, device=text.device)
+    C, common = len(dataset.class_names), os.path.commonpath([i.parent for i, _ in dataset.pairs])
+    confusion = torch.zeros(C, C, dtype=torch.int64, device=text.device)
     was_training = model.training
     model.eval()
     for image, label, index in Progress(loader, "evaluating", leave=False):
         with autocast(text.device, precision):
             scores = slide_inference(model, image, text, crop, stride, lower, seen)
         scores = F.interpolate(scores[None], label.shape, mode="bilinear", align_corners=False)[0]
-        prediction = scores.argmax(0)  # (H, W)
-        confusion += confusion_matrix(prediction, label.to(text.device), len(text))
+        best, prediction = scores.max(0)  # (H, W) each
+        if background is not None:
+            prediction[best < background] = C - 1
+        this = confusion_matrix(prediction, label.to(text.device), C)
+        confusion += this
+        if right is not None:
+            right[index] = (this.diagonal().sum() / this.sum()).nan_to_num(1.0).item()
         if save:
             image = Image.fromarray(prediction.byte().cpu().numpy())
             image.putpalette(draw.index_png_palette(dataset.class_names))
-            save_image(image, save / f"{dataset.pairs[index][0].stem}.png")
+            place = os.path.relpath(dataset.pairs[index][0], common)  # with its sub-folder
+            save_image(image, (save / place).with_suffix(".png"))
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(confusion)
@@ -166,13 +167,20 @@ def class_table(confusion: Tensor, names: Sequence[str], unseen: Sequence[int]) 
     return "\n".join(lines)
 
 
+def mistakes_line(confusion: Tensor, names: Sequence[str]) -> str:
+    """The three confusions that cost the most pixels, by name."""
+    shares = confusion.double().fill_diagonal_(0).flatten() / confusion.sum()
+    return "most often mistaken, in shares of all pixels: " + ", ".join(
+        f"{names[i // len(names)]} for {names[i % len(names)]} {shares[i]:.1%}"
+        for i in shares.argsort(descending=True)[:3])
+
+
 class MaskCLIP(nn.Module):
     """The untrained baseline (Zhou et al. 2022): CLIP's patches against the class names.
 
     CLIP's last attention layer gathers the whole image in each token. MaskCLIP leaves the
     gathering out: each patch keeps its own value, so it still knows what it shows itself.
-    visual: OpenAI's `VisionTransformer`. Called as `CLIPRC` is; its logits are cosines.
-    """
+    visual: OpenAI's `VisionTransformer`. Called as `CLIPRC` is; its logits are cosines."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -213,16 +221,16 @@ def region_classes(encoder: Encoder, image: Image.Image, text: Tensor, crop: int
 
 def result_images(model: CLIPRC, untrained: tuple[MaskCLIP, Encoder | None], dataset: data.Dataset,
                   text: Tensor, crop: int, stride: int, lower: float, seen: Sequence[int],
-                  count: int = 6) -> dict[str, Image.Image]:
+                  worst: Sequence[int] = (), count: int = 6) -> dict[str, Image.Image]:
     """Paper Fig. 6 and Fig. 2, drawn for those of the first 60 images that show an unseen class.
-
-    untrained: MaskCLIP, and CLIP with region tokens or None. Returns results.png: the first `count`
-    images; regions.png: the first two where a region of untrained CLIP is wrong, and how many
-    regions are right in all of them. A region should find the most frequent label of its cell.
-    """
+    untrained: MaskCLIP, and CLIP with region tokens or None. worst: images to draw instead.
+    Returns results.png: the first `count` images; regions.png: the first two where a region of
+    untrained CLIP is wrong, and how many regions are right in all of them. A region should find
+    the most frequent label of its cell."""
     names, unseen, side = dataset.class_names, set(dataset.unseen), 316
-    pairs = [data.read_pair(dataset, i) for i in range(min(60, len(dataset.pairs)))]
-    pairs = [(image, label) for image, label in pairs if np.isin(label, [*unseen]).any()] or pairs
+    pairs = [data.read_pair(dataset, i) for i in worst or range(min(60, len(dataset.pairs)))]
+    if not worst:
+        pairs = [pair for pair in pairs if np.isin(pair[1], [*unseen]).any()] or pairs
     model.eval()
     rows, written, not_written = [], set(), set()
     for image, label in pairs[:count]:
@@ -247,7 +255,7 @@ def result_images(model: CLIPRC, untrained: tuple[MaskCLIP, Encoder | None], dat
     images = {"results.png": draw.grid(rows, headers, verdicts + legend, draw.NOTE)}
 
     rows, right, m = [], [], model.encoder.region_grid
-    for image, label in pairs if untrained[1] else ():
+    for image, label in pairs if m and not worst else ():
         cells = [np.array_split(part, m, axis=1) for part in np.array_split(label, m)]
         truth = np.array([[np.bincount(cell.ravel()).argmax() for cell in row] for row in cells])
         both = [region_classes(each, image, text, crop) for each in (untrained[1], model.encoder)]
@@ -273,7 +281,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dataset", choices=data.DATASETS, help="default: the training's")
     add("--data-root", help="the data set's folder; default: the training's")
     add("--split", choices=("train", "val"), default="val", help="default: %(default)s")
-    add("--clip", help="CLIP's file or published name; default: the training's, or ViT-B/16")
+    add("--clip", help="CLIP's file, folder or name; default: the training's, or ViT-B/16")
     add("--crop-size", type=int, help="side of a window, and the short side to which an image is "
         "scaled, in pixels; default: the training's, or 512")
     add("--stride", type=int, help="pixels from window to window; default: 426 of 512")
@@ -282,6 +290,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--unseen-names", choices=("own", "permuted", "random"), default="own",
         help="replace the unseen classes' text embeddings by each other's, or by random unit "
              "vectors: a model that finds these classes by their names must then fail")
+    add("--background", type=float, help="a pixel whose best score, after the lowering, is below "
+        "this is background: one class more, counted among the seen; VOC then has its 21 classes")
     add("--save", type=Path, help="a new folder for the predicted labels, palette PNGs")
     add("--device", default="auto", help="auto, cpu or cuda; default: %(default)s")
     add("--precision", choices=PRECISIONS, help="default: the training's")
@@ -297,7 +307,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Evaluate a checkpoint, or MaskCLIP."""
     args = parse_arguments()
-    device = start_processes(args.device)
+    device = start_processes(args.device, args.precision or "tf32")
     checkpoint = {} if args.untrained else read_checkpoint(args.checkpoint)
     run = checkpoint.get("run", {})  # train.Settings; a converted checkpoint has none
     name, root = args.dataset or run.get("dataset"), args.data_root
@@ -337,10 +347,16 @@ def main() -> None:
         generator = torch.Generator().manual_seed(0)
         text[unseen] = F.normalize(torch.randn(text[unseen].shape, generator=generator), dim=-1)
 
+    if args.background is not None:
+        mapping = dataset.mapping.copy()
+        mapping[:IGNORE][mapping[:IGNORE] == IGNORE] = len(dataset.class_names)
+        dataset = replace(dataset, class_names=(*dataset.class_names, "background"),
+                          mapping=mapping)
     crop = args.crop_size or run.get("crop_size") or (toy.SIZE if name == "toy" else 512)
     confusion = evaluate(model.to(device), dataset, text.to(device), crop,
                          args.stride or crop * 426 // 512, lower, seen, args.workers,
-                         args.precision or run.get("precision", "tf32"), args.save)
+                         args.precision or run.get("precision", "tf32"), args.save,
+                         args.background)
     if rank() == 0:
         metrics = zero_shot_metrics(confusion, unseen)
         print(class_table(confusion, dataset.class_names, unseen), end="\n\n")
@@ -350,7 +366,7 @@ def main() -> None:
         method = "MaskCLIP, untrained" if args.untrained else "CLIP-RC"
         print(paper_table({method if args.untrained or model.ram else "ZegCLIP": metrics}))
         print(f"mIoU {100 * class_iou(confusion).nanmean():.1f}   mAcc {metrics['mAcc']:.1f}   "
-              f"(Table 4's columns)")
+              f"(Table 4's columns)\n{mistakes_line(confusion, dataset.class_names)}")
 
 
 if __name__ == "__main__":

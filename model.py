@@ -10,7 +10,7 @@
 
 B images of H x W pixels, N = h w patches, M = m x m region tokens, C classes, D the width of the
 space that images and texts share. T (C, D) holds the class names' text embeddings, rows of unit
-length. Image features come first, as in the paper.
+length. Step by step, with images: docs/walkthrough.md#33-the-region-alignment-module
 """
 
 import argparse
@@ -35,8 +35,7 @@ class RegionAlignment(nn.Module):
     """Sec. 3.3, Fig. 3 (b): RAM aligns the global, the region and the image features.
 
     align: which features Eq. 4 puts beside I: "GR", "G", "R" or "" (Table 7). The two linear
-    layers belong to Sec. 3.4 ("pass through a linear layer"); `CLIPRC` applies them.
-    """
+    layers belong to Sec. 3.4 ("pass through a linear layer"); `CLIPRC` applies them."""
 
     def __init__(self, D: int, align: str) -> None:
         super().__init__()
@@ -47,16 +46,14 @@ class RegionAlignment(nn.Module):
     def forward(self, G: Tensor, I: Tensor, R: Tensor, T: Tensor,
                 grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Eq. 4-6. G (B, D), I (B, N, D), R (B, M, D), T (C, D); grid (h, w).
-
-        Returns I_hat (B, N, 3D) and the regional relationship descriptors R_hat (B, M, C, 2D).
-        """
+        Returns I_hat (B, N, 3D; less without G or R) and the descriptors R_hat (B, M, C, 2D)."""
         m = math.isqrt(R.shape[1])
         G_up = G[:, None].expand_as(I)  # (B, N, D)
         R_up = R.transpose(1, 2).unflatten(-1, (m, m))  # (B, D, m, m)
         R_up = F.interpolate(R_up, grid, mode="bilinear", align_corners=False)  # (B, D, h, w)
         R_up = R_up.flatten(2).transpose(1, 2)  # (B, N, D)
         aligned = [{"G": G_up, "R": R_up}[feature] for feature in self.align]
-        I_hat = torch.cat([*aligned, I], dim=-1)  # Eq. 4, (B, N, 3D)
+        I_hat = torch.cat([*aligned, I], dim=-1)  # Eq. 4, (B, N, 3D) with both
 
         R_a = G[:, None] + R  # Eq. 5, (B, M, D)
         R_t = T * R_a[:, :, None]  # (B, M, C, D)
@@ -73,9 +70,9 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """x (B, X, D), memory (B, Y, D). Returns (B, X, D)."""
+        """x (B, n, D), memory (B, k, D). Returns (B, n, D)."""
         q, k, v = (
-            tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # (B, heads, X or Y, D / heads)
+            tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # (B, heads, n or k, D / heads)
             for tokens in (self.q(x), self.k(memory), self.v(memory))
         )
         dropout = self.dropout if self.training else 0.0
@@ -95,7 +92,7 @@ class CrossBlock(nn.Module):
                                  nn.Linear(4 * D, D), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """x (B, X, D) attends to memory (B, Y, D). Returns (B, X, D)."""
+        """x (B, n, D) attends to memory (B, k, D). Returns (B, n, D)."""
         x = self.norm1(x + self.dropout(self.attention(x, memory)))
         return self.norm2(x + self.ffn(x))
 
@@ -104,8 +101,7 @@ class Decoder(nn.Module):
     """Sec. 3.4, Fig. 3 (c): two branches of layers, one for the image, one for the descriptors.
 
     recompute: activation checkpointing. Each block runs again in the backward pass instead of
-    keeping what it computed for the M C descriptors; this makes 1,024 region tokens fit.
-    """
+    keeping what it computed for the M C descriptors; this makes 1,024 region tokens fit."""
 
     def __init__(self, D: int, layers: int, dropout: float, recompute: bool) -> None:
         super().__init__()
@@ -114,36 +110,33 @@ class Decoder(nn.Module):
         self.image_blocks = nn.ModuleList(CrossBlock(D, dropout) for _ in range(layers))
 
     def run(self, block: CrossBlock, x: Tensor, memory: Tensor) -> Tensor:
-        """Apply a block to x (B, X, D) and memory (B, Y, D), with or without recomputation."""
+        """Apply a block to x (B, n, D) and memory (B, k, D), with or without recomputation."""
         if self.recompute and torch.is_grad_enabled():
             return recompute_in_backward(block, x, memory, use_reentrant=False)
         return block(x, memory)
 
     def forward(self, I: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-        """Image features I (B, N, D) and descriptors R (B, M C, D). Returns both, same shapes."""
+        """I (B, N, D), R (B, M C, D): I_hat and R_hat in D dimensions. Returns the same shapes."""
         for image_block, descriptor_block in zip(self.image_blocks, self.descriptor_blocks):
-            # Both branches read what the other one was before this layer.
+            # Both branches read the other's input to this layer, not its output.
             I, R = self.run(image_block, I, R), self.run(descriptor_block, R, I)  # Eq. 7
         return I, R
 
 
 def segmentation_map(I_d: Tensor, R_d: Tensor, num_regions: int) -> Tensor:
     """Eq. 8: the mean of the M regions' maps, logits before the sigmoid.
-
-    I_d (B, N, D); R_d (B, M C, D), all classes of the first region first. Returns (B, C, N).
-    """
-    # The mean of the products is the product of the mean, with an M-th of the memory.
+    I_d (B, N, D); R_d (B, M C, D), all classes of the first region first. Returns (B, C, N)."""
+    # Averaging over the regions first gives the same value and needs an M-th of the memory.
     R_mean = R_d.float().unflatten(1, (num_regions, -1)).mean(dim=1)  # (B, C, D)
-    with without_autocast(I_d.device):  # bfloat16 would leave a logit 8 bits
+    with without_autocast(I_d.device):  # a bfloat16 logit would have 8 significant bits
         return R_mean @ I_d.float().transpose(1, 2)  # Eq. 8, (B, C, N)
 
 
 class RecoveryDecoder(nn.Module):
-    """Sec. 3.4: from the decoder's outputs back to the features that it was given.
+    """Sec. 3.4: from the decoder's outputs back to CLIP's patches I and the descriptors R_hat.
 
     The paper calls it "completely identical" to the decoder. The released one has one layer
-    instead of three, a linear layer before and after each branch, and another initialisation.
-    """
+    instead of three, a linear layer before and after each branch, and another initialisation."""
 
     def __init__(self, D: int, layers: int, dropout: float, recompute: bool) -> None:
         super().__init__()
@@ -159,7 +152,7 @@ class RecoveryDecoder(nn.Module):
 
 def kd_loss(recovered: Tensor, target: Tensor) -> Tensor:
     """Table 8's KD: KL divergence of softmaxes over the features, averaged over the tokens."""
-    recovered, target = recovered.flatten(0, -2), target.flatten(0, -2)  # (tokens, D)
+    recovered, target = recovered.flatten(0, -2), target.flatten(0, -2)  # (tokens, D or 2D)
     return F.kl_div(recovered.log_softmax(-1), target.softmax(-1), reduction="batchmean")
 
 
@@ -169,12 +162,10 @@ RECOVERY_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "kd": kd_loss}
 def recovery_losses(I_r: Tensor, I: Tensor, R_r: Tensor, R_hat: Tensor,
                     distance: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
     """Eq. 10's two terms. Released code: means instead of the paper's sums.
-
     I_r and I (B, N, D), R_r and R_hat (B, M C, 2D). The targets I and R_hat are constants; the
-    recovered side is not, and its gradient reaches the decoder and the prompts.
-    """
+    recovered side is not, and its gradient reaches the decoder and the prompts."""
     terms = distance(I_r, I.detach()), distance(R_r, R_hat.detach())  # Eq. 10
-    return {"recovery_v": terms[0], "recovery_q": terms[1]}
+    return {"recovery_v": terms[0], "recovery_q": terms[1]}  # released names: v is I, q is R_hat
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -192,21 +183,19 @@ def count_pairs(labels: Tensor, num_classes: int) -> Tensor:
 def nel_losses(logits: Tensor, labels: Tensor, num_pairs: Tensor | None = None,
                focal_alpha: float = 0.25) -> tuple[Tensor, Tensor]:
     """Sec. 3.5: the Non-mutually Exclusive Loss, a binary problem for each class.
-
     The paper writes sigmoid and binary cross entropy. The released code takes the sigmoid focal
     loss and the dice loss, and divides both by the number of (image, class) pairs.
     logits (B, C, H, W); labels (B, H, W), below C or 255. num_pairs: by default `count_pairs` of
-    these labels. Returns the focal and the dice loss.
-    """
+    these labels. Returns the focal and the dice loss."""
     if num_pairs is None:
         num_pairs = count_pairs(labels, logits.shape[1])
-    t = one_hot(labels, logits.shape[1]).float()  # (B, C, H, W)
+    t = one_hot(labels, logits.shape[1])  # (B, C, H, W), bool
     p = logits.sigmoid()
     # Focal: mean over pixels, sum over images and classes. An ignored pixel has t = 0 in every
     # class, so it is a negative of all of them.
-    p_t = p * t + (1 - p) * (1 - t)
-    alpha_t = focal_alpha * t + (1 - focal_alpha) * (1 - t)
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
+    p_t = torch.where(t, p, 1 - p)
+    alpha_t = torch.where(t, focal_alpha, 1 - focal_alpha)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, t.to(p), reduction="none")
     focal = (alpha_t * (1 - p_t) ** 2 * cross_entropy).mean((2, 3)).sum()
     # Dice: over the classes that are present in the image. Ignored pixels are in the sum of p.
     p, t = p.flatten(2), t.flatten(2)  # (B, C, H W)
@@ -217,10 +206,8 @@ def nel_losses(logits: Tensor, labels: Tensor, num_pairs: Tensor | None = None,
 
 def pseudo_labels(logits: Tensor, labels: Tensor, unseen: Sequence[int]) -> Tensor:
     """Released code, transductive setting: relabel the pixels of unseen classes at every step.
-
     Each of them takes the unseen class with the highest current score; all other pixels, ignored
-    ones included, keep their label. logits (B, C, H, W), labels (B, H, W).
-    """
+    ones included, keep their label. logits (B, C, H, W), labels (B, H, W)."""
     unseen = torch.tensor(unseen, device=labels.device)
     best = unseen[logits.detach()[:, unseen].argmax(1)]  # (B, H, W)
     return torch.where(torch.isin(labels, unseen), best.to(labels.dtype), labels)
@@ -244,11 +231,10 @@ class CLIPRC(nn.Module):
     align: which of G and R enter Eq. 4: "GR", "G", "R" or "" (Table 7).
     rdl: the recovery loss (Table 5). recovery_layers, recovery_loss: Table 8.
     initialiser: "released" is PyTorch's default, with each branch's layers as copies of its first.
-    "truncated_normal" is the initialiser that the released code defines, for all layers.
+    "truncated_normal" is the initialiser that the released code defines, for RAM and decoder.
     descriptor_scale: factor on the initial weights of `ram.descriptor_proj`.
     dropout: on prompts, attention weights and the decoders' layers.
-    recompute: see `Decoder`; None means from 256 regions. It changes memory, not results.
-    """
+    recompute: see `Decoder`; None means from 256 regions. It changes memory, not results."""
 
     def __init__(self, visual: nn.Module, *, num_prompts: int = 10, regions: int = 16,
                  update_regions: bool = False, ram: bool = True, align: str = "GR",
@@ -280,7 +266,7 @@ class CLIPRC(nn.Module):
         if initialiser == "truncated_normal":
             truncated_normal(head)
             for block in branches[1] if ram else ():
-                nn.init.zeros_(block.ffn[3].weight)  # the last layer of the feed-forward network
+                nn.init.zeros_(block.ffn[3].weight)  # so does the initialiser, in this branch only
         else:
             for first, *others in branches:
                 for block in others:
@@ -317,27 +303,25 @@ class CLIPRC(nn.Module):
                weights: tuple[float, float, float] = (100, 1, 2), unseen: Sequence[int] = (),
                num_pairs: Tensor | None = None) -> dict[str, Tensor]:
         """Eq. 11: the terms of the training loss, each times its weight; their sum is the loss.
-
         images (B, 3, H, W); labels (B, H, W), rows of text or 255; text T (C, D).
         weights: of the focal and the dice loss (released code: the paper's alpha in two parts)
         and of the recovery loss (beta). unseen: rows of text whose pixels take pseudo labels.
-        num_pairs: see `nel_losses`. Returns mask, dice and, with RDL, recovery_q and recovery_v.
-        """
+        num_pairs: see `nel_losses`. Returns mask (focal), dice; with RDL recovery_q (R), _v (I)."""
         logits, *features = self.features(images, text)
         if unseen:
             labels = pseudo_labels(logits, labels, unseen)
-        mask, dice = nel_losses(logits, labels, num_pairs)
+        focal, dice = nel_losses(logits, labels, num_pairs)
         recovery = {}
         if self.rdl:
             I, I_d, R_hat, R_d = features
             if self.recovery:
                 I_r, R_r = self.recovery(I_d, R_d)
-            else:  # Table 8 without layers: the decoder's outputs against what it was given
+            else:  # Table 8 without layers: the decoder's outputs against I and the projected R_hat
                 I_r, R_r, R_hat = I_d, R_d, self.ram.descriptor_proj(R_hat)
             recovery = recovery_losses(I_r, I, R_r, R_hat.flatten(1, 2), self.distance)
         alpha_mask, alpha_dice, beta = weights
         recovery = {name: beta * loss for name, loss in recovery.items()}
-        return {"mask": alpha_mask * mask, "dice": alpha_dice * dice, **recovery}  # Eq. 11
+        return {"mask": alpha_mask * focal, "dice": alpha_dice * dice, **recovery}  # Eq. 11
 
 
 class ZegCLIPHead(nn.Module):

@@ -13,10 +13,12 @@ layers, only an attention mask.
     X^l               X (B, E, D_v)      the sequence after layer l, E = 1 + K + N + M tokens
     Mask              mask (E, E)        Fig. 5; here True means "may attend", not a number to add
     D (Eq. 1)         D_v                width of the encoder's tokens (768 in ViT-B/16)
+    d_v (Eq. 2)       d_v                width of one attention head, D_v / heads (64)
     D (from Eq. 4)    D                  width of the space that images and texts share (512)
     sqrt(N), sqrt(M)  h x w, m x m       grid of patches (need not be square), grid of regions
 
 B is the number of images, L the number of layers.
+Step by step, with images: docs/walkthrough.md#32-the-region-level-bridge
 """
 
 import argparse
@@ -35,11 +37,9 @@ from util.processes import run_script
 def first_input(visual: nn.Module, images: Tensor, P: Tensor, region_tokens: Tensor,
                 twice: bool) -> Tensor:
     """Eq. 1: the input of the first layer, X^0 = [G^0, P^0, I^0, R^0].
-
     visual: OpenAI's `VisionTransformer`. images: (B, 3, H, W), normalised; H and W are multiples
     of the patch size. P: the first layer's prompts (B, K, D_v). region_tokens: (M, D_v).
-    twice: add class_embedding to [CLS] a second time. Returns (B, E, D_v).
-    """
+    twice: add class_embedding to [CLS] a second time. Returns (B, E, D_v)."""
     B = len(images)
     position = visual.positional_embedding  # (1 + side^2, D_v): of [CLS], then of the patches
     side = math.isqrt(len(position) - 1)  # CLIP was trained on side x side patches
@@ -49,21 +49,19 @@ def first_input(visual: nn.Module, images: Tensor, P: Tensor, region_tokens: Ten
     I = I.flatten(2).transpose(1, 2)  # (B, N, D_v)
 
     G = visual.class_embedding + position[0]  # (D_v)
-    if twice:  # released code: once more than in CLIP, and once more than in each region token
+    if twice:  # released code: a second time, which neither CLIP nor the region tokens have
         G = G + visual.class_embedding
     G, R = G.expand(B, 1, -1), region_tokens.expand(B, -1, -1)  # (B, 1, D_v), (B, M, D_v)
 
-    G, I, R = visual.ln_pre(G), visual.ln_pre(I), visual.ln_pre(R)  # CLIP's own; not for prompts
+    G, I, R = visual.ln_pre(G), visual.ln_pre(I), visual.ln_pre(R)  # not for P
     return torch.cat([G, P, I, R], dim=1)  # Eq. 1
 
 
 def region_mask(num_prompts: int, grid: int | tuple[int, int], region_grid: int) -> Tensor:
     """Fig. 5 (c): the attention mask, the same in every layer.
-
     num_prompts: K. grid: (h, w) patches, or one number for a square. region_grid: m, 0 for none.
     Returns a bool tensor (E, E): row q, column k is True where token q may attend to token k.
-    Raises ValueError where m does not divide the grid.
-    """
+    Raises ValueError where m does not divide the grid."""
     h, w = (grid, grid) if isinstance(grid, int) else grid
     m, N, M = region_grid, h * w, region_grid**2
     if m and (h % m or w % m):
@@ -71,24 +69,22 @@ def region_mask(num_prompts: int, grid: int | tuple[int, int], region_grid: int)
             f"regions: {m} x {m} regions do not divide {h} x {w} patches into equal cells; "
             f"choose another --regions or --crop-size"
         )
-    p, r = 1 + num_prompts, 1 + num_prompts + N  # where the patches and the regions start
+    i, r = 1 + num_prompts, 1 + num_prompts + N  # where I and R start in the sequence
     row, column = torch.arange(N) // w, torch.arange(N) % w  # (N): where each patch lies
-    cell = row * m // h * m + column * m // w  # (N): the region that contains it (Fig. 5 a)
+    cell = (row * m // h) * m + column * m // w  # (N): the region that contains it (Fig. 5 a)
     in_cell = cell[:, None] == torch.arange(M)  # (N, M)
 
     mask = torch.zeros(r + M, r + M, dtype=torch.bool)
     mask[:r, :r] = True  # [CLS], prompts and patches attend to each other, as in CLIP (Fig. 5 b)
-    mask[p:r, r:] = in_cell  # a patch also attends to the one region token of its cell
-    mask[r:, p:r] = in_cell.T  # a region token attends to the patches of its cell ...
+    mask[i:r, r:] = in_cell  # a patch also attends to the one region token of its cell
+    mask[r:, i:r] = in_cell.T  # a region token attends to the patches of its cell ...
     mask[r:, r:] = torch.eye(M, dtype=torch.bool)  # ... and to itself, and to nothing else
     return mask
 
 
 def masked_attention(X: Tensor, attention: nn.MultiheadAttention, mask: Tensor) -> Tensor:
     """Eq. 2: masked multi-head self-attention with the weights of CLIP's own attention layer.
-
-    X: (B, E, D_v), after the layer's first LayerNorm. mask: (E, E). Returns (B, E, D_v).
-    """
+    X: (B, E, D_v), after the layer's first LayerNorm. mask: (E, E). Returns (B, E, D_v)."""
     QKV = F.linear(X, attention.in_proj_weight, attention.in_proj_bias)  # (B, E, 3 D_v)
     Q, K, V = (
         part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, E, d_v)
@@ -114,8 +110,7 @@ class Encoder(nn.Module):
     True reproduces its results; False follows the paper.
 
     Trained: `prompts` (L, K, D_v), `prompt_proj`, `prompt_norm`; with update_regions also
-    `region_tokens` (M, D_v).
-    """
+    `region_tokens` (M, D_v)."""
 
     def __init__(self, visual: nn.Module, num_prompts: int = 10, regions: int = 16,
                  update_regions: bool = False, dropout: float = 0.1,
@@ -145,10 +140,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fig. 4: the global, image and region features of a batch, each row of unit length.
-
         images: (B, 3, H, W), normalised. Returns G (B, D), I (B, N, D), R (B, M, D).
-        Raises ValueError if the image does not split into patches, or the patches into regions.
-        """
+        Raises ValueError if the image does not split into patches, or the patches into regions."""
         if any(side % self.patch_size or not side for side in images.shape[-2:]):
             raise ValueError(
                 f"crop-size: {images.shape[-1]} x {images.shape[-2]} pixels is not a whole number "
@@ -166,7 +159,7 @@ class Encoder(nn.Module):
         X = first_input(self.visual, images, P[0], self.region_tokens,
                         self.class_embedding_twice)  # (B, E, D_v)
         for l, block in enumerate(self.visual.transformer.resblocks):
-            if l > 0:  # deep prompts: this layer's own replace what came of the previous layer's
+            if l > 0:  # deep prompts: P[l] takes the place of the previous layer's output there
                 X = torch.cat([X[:, :1], P[l], X[:, 1 + K :]], dim=1)
             # The paper's equation leaves out what every transformer layer has: the LayerNorms,
             # the two residual connections and the feed-forward network.

@@ -1,12 +1,12 @@
 """Train CLIP-RC (paper Sec. 4.2): one plain loop, from the settings to the paper's table.
 
-    python train.py                        a small drawn world: minutes on a laptop, no download
-    torchrun --nproc-per-node=8 train.py --dataset voc --data-root VOCdevkit/VOC2012
-                                           the paper's run on 8 GPUs
+    python train.py                         a small drawn world: minutes on a laptop, no download
+    torchrun --nproc-per-node=8 train.py --dataset voc --data-root VOCdevkit/VOC2012     the paper's
 
 A run writes to --out: log.jsonl (the losses), last.pt (its newest state), half.pt (from the middle
 of an inductive run, where a transductive one starts), and images. You can stop a run at any time;
 the same command with --resume ends with the same weights (on a GPU, up to rounding).
+Where the losses look: docs/walkthrough.md#35-the-loss
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported: see docs/results.md
@@ -25,22 +26,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import data
-from eval import (LOWER, MaskCLIP, class_table, evaluate, paper_table, result_images,
-                  untrained_encoder, zero_shot_metrics)
+from eval import (LOWER, MaskCLIP, class_table, evaluate, mistakes_line, paper_table,
+                  result_images, untrained_encoder, zero_shot_metrics)
 from model import CLIPRC, RECOVERY_LOSSES, count_pairs, pseudo_labels
-from util import draw, flags, toy
+from util import flags, toy
 from util.checkpoint import checkpoint_clip, read_checkpoint, require_same, save_checkpoint
-from util.clip_files import TOY_CLIP, clip_file, encode_text, file_sha256, load_clip
+from util.clip_files import TOY_CLIP, clip_digest, clip_file, encode_text, load_clip
 from util.flags import COUNT, POSITIVE, REAL, flag
 from util.images import save_image
 from util.processes import (PRECISIONS, Progress, any_process, autocast, average_gradients, cores,
                             from_first, mean_over_processes, rank, run_script, start_processes,
                             world_size)
-from util.run import Speed, StopSignals, add_to_log, claim_folder, cut_log, read_log
+from util.run import Speed, StopSignals, add_to_log, claim_folder, cut_log
 
-# ------------------------------------------------------------------------------------ the settings
-
-# Paper Sec. 4.2 and the released code, which lacks Context: its K is that of ZegCLIP's successors.
+# Sec. 4.2 and the released code; Context is not in it and has the K of ZegCLIP's successors.
 PAPER = {"crop_size": 512, "scale_min": 0.5, "scale_max": 2.0, "jitter": True, "lr": 2e-4,
          "weight_decay": 0.01, "regions": 16, "dropout": 0.1, "initialiser": "released",
          "descriptor_scale": 1.0, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0}
@@ -51,10 +50,9 @@ PRESETS = {
                            "w_mask": 200.0, "w_dice": 3.0, "w_rec": 50.0},
 }
 PRESETS["context59"] = PRESETS["folder"] = PRESETS["context"]
-# The small world is the paper's setting but for what smallness forces.
-PRESETS["toy"] = PAPER | {
-    "crop_size": 64,  # the size of a scene
-    "prompts": 4, "iterations": 800, "lr": 1e-3,  # a fiftieth of VOC's steps, so larger ones
+PRESETS["toy"] = PAPER | {  # the paper's setting but for what smallness forces
+    "crop_size": 64, "prompts": 4,
+    "iterations": 800, "lr": 1e-3,  # a fiftieth of VOC's steps, so larger ones
     "dropout": 0.0,  # 800 steps do not overfit, and dropout takes a third of a CPU's step
     "scale_min": 1.0, "scale_max": 1.0, "jitter": False,  # another hue or scale: another class
     "initialiser": "truncated_normal",  # from the released one, 800 steps lead nowhere
@@ -75,13 +73,13 @@ class Settings:
     # data
     dataset: str = flag("toy", "the data set", choices=tuple(PRESETS))
     data_root: str | None = flag(None, "its folder; the toy world is drawn on first use")
-    clip: str | None = flag(None, "CLIP's file or published name (ViT-B/16; toy: the shipped one)")
+    clip: str | None = flag(None, "CLIP's file, folder or name (ViT-B/16; toy: the shipped one)")
     setting: str = flag("inductive", "what training knows of the unseen classes: nothing, their "
                         "names, or names and masks", choices=SETTINGS)
     unseen: str | None = flag(None, "the unseen classes, comma-separated; '' for none")
     init: str | None = flag(None, "checkpoint to start from, '' for none (transductive: the middle "
                             "of the inductive run, runs/DATASET/half.pt)")
-    out: str | None = flag(None, "folder of the run (runs/DATASET or runs/DATASET-SETTING)")
+    out: str | None = flag(None, "folder of the run (runs/DATASET, runs/DATASET-SETTING)")
     seed: int = flag(0, "fixes initial weights, order of the data and dropout", **COUNT)
     # the method: each row of Tables 5-8 is one of these
     prompts: int | None = flag(None, "K, prompt tokens in each layer", **COUNT)
@@ -93,8 +91,7 @@ class Settings:
     recovery_layers: int = flag(1, "layers of the recovery decoder (Table 8)", **COUNT)
     recovery_loss: str = flag("l1", "its distance (Table 8)", choices=tuple(RECOVERY_LOSSES))
     initialiser: str | None = flag(None, "of the decoder", choices=INITIALISERS)
-    descriptor_scale: float | None = flag(None, "factor on the initial weights of the layer on "
-                                          "[T * R_a, T]", **REAL)
+    descriptor_scale: float | None = flag(None, "factor on ram.descriptor_proj's weights", **REAL)
     dropout: float | None = flag(None, "on prompts, attention weights, decoder layers", **REAL)
     # optimisation
     iterations: int | None = flag(None, "optimiser steps; transductive: half", **POSITIVE)
@@ -136,27 +133,28 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         preset |= SUPERVISED.get(s.dataset, {})
     if s.setting == "transductive":
         preset["iterations"] //= 2
+    s.clip = s.clip or (str(TOY_CLIP) if s.dataset == "toy" else "ViT-B/16")
+    if Path(s.clip).name == TOY_CLIP.name:  # to try one's own data with: that CLIP's own size
+        preset["crop_size"] = toy.SIZE
     for name, value in preset.items():
         if getattr(s, name) is None:
             setattr(s, name, value)
-    s.clip = s.clip or (str(TOY_CLIP) if s.dataset == "toy" else "ViT-B/16")
-    s.out = s.out or f"runs/{s.dataset}" + f"-{s.setting}" * (s.setting != "inductive")
+    own = s.dataset == "folder" and s.data_root
+    place = f"runs/{Path(s.data_root).resolve().name if own else s.dataset}"
+    s.out = s.out or place + f"-{s.setting}" * (s.setting != "inductive")
     if s.init is None and s.setting == "transductive":
-        s.init = f"runs/{s.dataset}/half.pt"
+        s.init = f"{place}/half.pt"
     s.warmup = min(1500, s.iterations // 10) if s.warmup is None else s.warmup
     s.val_every = s.val_every or max(1, s.iterations // 5)
     if s.workers is None:
         s.workers = 0 if s.dataset == "toy" else min(8, cores())
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if s.batch_size % (world * s.accumulate):
-        raise ValueError(f"--batch-size {s.batch_size}: {world} processes in {s.accumulate} parts "
-                         f"cannot share it evenly")
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * s.accumulate
+    if s.batch_size % parts:
+        raise ValueError(f"--batch-size {s.batch_size}: must be a multiple of {parts}, processes "
+                         f"times --accumulate")
     if s.data_root is None and s.dataset != "toy":
-        raise ValueError(f"--data-root: give the folder of the data set {s.dataset}")
+        raise ValueError(f"--data-root: where is the data set ({s.dataset})?")
     return s
-
-
-# --------------------------------------------------------------------------- the parts of a step
 
 
 def learning_rate(step: int, s: Settings) -> float:
@@ -168,9 +166,7 @@ def learning_rate(step: int, s: Settings) -> float:
 def backward(model: CLIPRC, images: Tensor, labels: Tensor, text: Tensor, s: Settings,
              unseen: tuple[int, ...]) -> dict[str, Tensor]:
     """Sec. 3.5: the gradients of a batch's losses, in `s.accumulate` parts. Returns the losses.
-
-    images (B, 3, H, W), labels (B, H, W), text (C, D) as `CLIPRC.losses` takes them.
-    """
+    images (B, 3, H, W), labels (B, H, W), text (C, D) as `CLIPRC.losses` takes them."""
     weights, n, seed = (s.w_mask, s.w_dice, s.w_rec), s.accumulate, torch.initial_seed()
     parts, num_pairs, total = list(zip(images.chunk(n), labels.chunk(n))), None, {}
     if n > 1:  # the losses divide by the pairs of the whole batch, pseudo labels included
@@ -178,8 +174,8 @@ def backward(model: CLIPRC, images: Tensor, labels: Tensor, text: Tensor, s: Set
             with torch.no_grad(), autocast(images.device, s.precision):
                 for i, (image, label) in enumerate(parts):
                     torch.manual_seed(seed + i)  # the dropout that this part will have below
-                    label.copy_(pseudo_labels(model(image, text), label, unseen))
-        num_pairs, unseen = count_pairs(labels, len(text)) / n, ()
+                    label.copy_(pseudo_labels(model(image, text), label, unseen))  # in labels
+        num_pairs, unseen = count_pairs(labels, len(text)) / n, ()  # / n, as the sum is below
     for i, (image, label) in enumerate(parts):
         torch.manual_seed(seed + i)
         with autocast(images.device, s.precision):
@@ -189,13 +185,9 @@ def backward(model: CLIPRC, images: Tensor, labels: Tensor, text: Tensor, s: Set
     return total
 
 
-# ------------------------------------------------------------------------ the beginning of a run
-
-
 def open_data(s: Settings) -> list[data.Dataset]:
     """Sec. 4.1: the training and the validation split; the toy world by default."""
-    if s.dataset == "toy" and s.data_root is None:
-        s.data_root = str(toy.default_world())
+    s.data_root = str(Path(s.data_root or toy.default_world()).resolve())
     splits = [data.open_dataset(s.dataset, s.data_root, split) for split in ("train", "val")]
     return [split if s.unseen is None else data.with_unseen(split, s.unseen) for split in splits]
 
@@ -217,9 +209,7 @@ def build_model(s: Settings, visual: nn.Module) -> CLIPRC:
 def starting_point(s: Settings, model: CLIPRC, optimizer: torch.optim.Optimizer,
                    origin: dict) -> int:
     """Load the weights that the run starts from, if any. Returns the step that it starts at.
-
-    origin: class names, unseen classes and so on, which a resumed run must share with last.pt.
-    """
+    origin: class names, unseen classes and so on, which a resumed run must share with last.pt."""
     last = Path(s.out, "last.pt")
     resumed = s.resume and last.exists()
     if not (resumed or s.init):
@@ -266,21 +256,21 @@ def train(s: Settings) -> dict | None:
     model = build_model(s, clip_model.visual).to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=s.lr, weight_decay=s.weight_decay,
-                                  fused=device.type == "cuda")
-    image_names = "\n".join(image.stem for image, _ in train_data.pairs)
+                                  fused=True)
+    image_names = str([image.parts[-2:] for image, _ in train_data.pairs])
     origin = {"class_names": list(names), "unseen": list(unseen),
-              "templates": list(train_data.templates), "clip_sha256": file_sha256(clip_path),
+              "templates": list(train_data.templates), "clip_digest": clip_digest(clip_model),
               "images": hashlib.sha256(image_names.encode()).hexdigest()}
-    stride = s.crop_size * 426 // 512
+    stride, right = s.crop_size * 426 // 512, {}  # right: each image's share of right pixels
 
     def save(name: str, step: int) -> None:
         weights = {name: parameter.detach() for name, parameter in trained.items()}
         save_checkpoint(out / name, model.settings, weights, run=asdict(s), clip=str(clip_path),
                         text=text.cpu(), step=step, optimizer=optimizer.state_dict(), **origin)
 
-    def test(model: nn.Module, lower: float = lower) -> Tensor:
-        return evaluate(model, val_data, text, s.crop_size, stride, lower, seen, s.workers,
-                        s.precision)
+    def test(network: nn.Module, lower: float = lower) -> Tensor:
+        return evaluate(network, val_data, text, s.crop_size, stride, lower, seen, s.workers,
+                        s.precision, right=right if network is model else None)
 
     start = starting_point(s, model, optimizer, origin)
     with claim_folder(out, s.resume):
@@ -288,8 +278,8 @@ def train(s: Settings) -> dict | None:
             cut_log(out / "log.jsonl", start)
             print(f"{s.dataset}, {s.setting}: {len(train_data.pairs):,} images, {len(seen)} seen "
                   f"and {len(unseen)} unseen classes; steps {start:,} to {s.iterations:,} of "
-                  f"{s.batch_size} images on {world_size()} x {device.type}"
-                  + f"\n{train_data.note}" * bool(train_data.note), flush=True)
+                  f"{s.batch_size} images on {world_size()} x {device.type}", train_data.note,
+                  flush=True)
         confusion = loop(s, model, optimizer, train_data, train_text, unseen, start, save, test)
         if confusion is None:
             return None
@@ -298,15 +288,17 @@ def train(s: Settings) -> dict | None:
         floor = zero_shot_metrics(test(untrained, 0.0), unseen)
         if rank() == 0:
             add_to_log(out / "log.jsonl", {"step": s.iterations, "result": metrics})
-            encoder = untrained_encoder(clip_model.visual, s.regions)
-            images = result_images(model, (untrained, encoder), val_data, text, s.crop_size,
-                                   stride, lower, seen)
-            images["loss.png"] = draw.loss_chart(read_log(out / "log.jsonl"))
+            both = untrained, untrained_encoder(clip_model.visual, s.regions)
+            figures = partial(result_images, model, both, val_data, text, s.crop_size, stride,
+                              lower, seen)
+            images = figures()
+            images["worst.png"] = figures(sorted(right, key=right.get)[:6])["results.png"]
             for name, image in images.items():
                 save_image(image, out / name)
             print(class_table(confusion, names, unseen), end="\n\n")
-            print(paper_table({"MaskCLIP, untrained": floor, "CLIP-RC": metrics}))
-            print(f"\nin {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
+            print(paper_table({"MaskCLIP, untrained": floor, "CLIP-RC": metrics}), end="\n\n")
+            print(mistakes_line(confusion, names))
+            print(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
             print(f"next: python predict.py {out}/last.pt IMAGE labels an image of yours; eval.py "
                   f"{out}/last.pt --unseen-names permuted is a control; your data: docs/data.md")
     return metrics
@@ -367,7 +359,7 @@ def loop(s: Settings, model: CLIPRC, optimizer: torch.optim.Optimizer, train_dat
                 lr = learning_rate(step, s)
                 add_to_log(log, {"step": done, **values, "lr": lr, **figures})
         bar.update()
-        if rank() == 0 and halfway:  # before last.pt: a run resumed from that skips this step
+        if rank() == 0 and halfway:  # before last.pt, or a run resumed from that never writes it
             save("half.pt", done)
         if rank() == 0 and saving:
             save("last.pt", done)

@@ -3,14 +3,16 @@
 import math
 import re
 
+import miniature
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_clip, recorded, run
 
-from eval import (MaskCLIP, class_iou, class_table, confusion_matrix, paper_table, slide_inference,
-                  untrained_encoder, window_corners, zero_shot_metrics)
+from eval import (MaskCLIP, class_iou, class_table, confusion_matrix, mistakes_line, paper_table,
+                  slide_inference, untrained_encoder, window_corners, zero_shot_metrics)
 from tools.convert import from_released
+from util.clip_files import TOY_CLIP
 
 
 def lowering(golden: dict) -> tuple[float, list[int]]:
@@ -146,3 +148,20 @@ def test_untrained_evaluation_needs_no_checkpoint():
     assert result.returncode == 0, result.stderr
     row = re.search(r"MaskCLIP, untrained +([\d.]+) +([\d.]+)", result.stdout)
     assert float(row[2]) > 20 and "lowered by 0 (no training)" in result.stdout
+
+
+def test_background_is_where_no_class_scores_enough_and_counts_among_the_seen(tmp_path):
+    root = miniature.voc(tmp_path)
+    flags = ["--untrained", "--dataset", "voc", "--data-root", root, "--clip", TOY_CLIP,
+             "--crop-size", "64", "--workers", "0"]
+    every, none = (run(*flags, "--background", threshold, program="eval.py").stdout
+                   for threshold in ("1.0", "0.0"))
+    assert len(every.split("\n\n")[0].splitlines()) >= 1 + 21
+    background = re.search(r"^  background +([\d.]+) +([\d.]+)", every, re.M)
+    assert background[2] == "100.0" and float(background[1]) > 10
+    assert re.search(r"^  background +0.0 +0.0", none, re.M)
+
+
+def test_the_most_frequent_mistakes_are_named():
+    line = mistakes_line(torch.tensor([[80, 5, 0], [0, 9, 1], [3, 0, 2]]), ["a", "b", "c"])
+    assert line.endswith(": a for b 5.0%, c for a 3.0%, b for c 1.0%")

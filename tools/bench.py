@@ -79,10 +79,8 @@ def training_step(network: CLIPRC, images: int, precision: str, device: torch.de
 
 def multiply_adds(case: Callable, regions: int, images: int = 1, size: int = 512) -> float:
     """10^9 multiply-adds of a case, attention included: Table 6's GFLOPs for a forward pass.
-
     On the meta device PyTorch computes shapes only, and attention as two matrix products. Entries
-    that the mask hides count. A training step counts its backward pass, but nothing twice.
-    """
+    that the mask hides count. A training step counts its backward pass, but nothing twice."""
     meta = torch.device("meta")
     with meta:
         work = case(vit_b16(regions, recompute=False), images, "float32", meta, size)
@@ -98,14 +96,6 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.known, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
 
-    def track(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage until it is freed; views share one."""
-        storage = tensor.untyped_storage()
-        if storage not in self.known:
-            size = storage.nbytes()
-            self.known[storage] = weakref.ref(storage, lambda _: self.add(-size))
-            self.add(size)
-
     def add(self, size: int) -> None:
         """Change the sum."""
         self.now += size
@@ -113,46 +103,29 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor):
-                self.track(tensor)
+        for tensor in filter(torch.is_tensor, tree_leaves(out)):
+            storage = tensor.untyped_storage()  # shared by views
+            if storage not in self.known:
+                size = storage.nbytes()
+                self.known[storage] = weakref.ref(storage, lambda _, size=size: self.add(-size))
+                self.add(size)
         return out
-
-
-class FusedAttention(torch.autograd.Function):
-    """Attention as a GPU's kernels have it: the scores are never in memory."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        q, k, v, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def planned_memory(regions: int, images: int, classes: int, device: str = "cuda") -> float:
     """Peak GB of a training step's tensors in float32, computed on the meta device: nothing runs.
-
-    device: "cpu" keeps the scores of attention with dropout, as PyTorch does there.
-    """
+    device: "cpu" keeps the scores of attention with dropout, as PyTorch does there."""
     original = F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0):
         if dropout_p and device == "cpu":
             return original(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
-        return FusedAttention.apply(q, k, v)
+        # A kernel that never has the scores in memory, as a GPU's.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
     meta = torch.device("meta")
     with meta, patch.object(F, "scaled_dot_product_attention", attention), LiveMemory() as live:
-        network = vit_b16(regions)
-        for parameter in network.parameters():
-            live.track(parameter)
-        live.peak = live.now
-        step = training_step(network, images, "float32", meta, classes=classes)
+        step = training_step(vit_b16(regions), images, "float32", meta, classes=classes)
         step()
         step()  # now with AdamW's state
     return live.peak / 1e9
@@ -170,16 +143,13 @@ def seconds(work: Callable, device: torch.device) -> float:
 def measure(case: Callable, regions: int, images: int, precision: str, compile: bool, device: str,
             rounds: int) -> dict:
     """Run a case 1 + `rounds` times, the first to warm up. For a process of its own.
-
     Returns the times in seconds; the peak memory in GB (on a GPU that of the tensors, on a CPU
     what the process took beyond PyTorch itself); and the best rate in floating-point operations
-    a second: a card's from its data sheet, a CPU's from a large matrix product.
-    """
+    a second: a card's from its data sheet, a CPU's from a large matrix product."""
     device = torch.device(device)
     tiny = CLIPRC(clip.model.VisionTransformer(64, 16, 64, 2, 1, 512), regions=4).to(device)
     case(tiny, 1, precision, device, size=64)()  # loads what PyTorch loads on first use
-    own = resident()
-    network = vit_b16(regions).to(device)
+    own, network = resident(), vit_b16(regions).to(device)
     for part in network.children() if compile else ():
         part.compile()
     work = case(network, images, precision, device)
@@ -219,9 +189,7 @@ def gflops(args: argparse.Namespace) -> list[dict]:
 
 def memory(args: argparse.Namespace) -> list[dict]:
     """A training step's memory on a GPU, planned without one: GB by batch, and what should fit.
-
-    A card of 24 GB is counted as 22, for what its driver and PyTorch's allocator take.
-    """
+    A card of 24 GB is counted as 22, for what its driver and PyTorch's allocator take."""
     print(f"{'data set':<12}{'M':>5}{'1 image':>10}{'each more':>11}    images that fit in "
           f"24, 40, 80 GB (float32 or tf32)")
     rows = []
@@ -280,22 +248,19 @@ def main() -> None:
         if table in (speed, all):
             sub.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
             sub.add_argument("--rounds", type=int, default=5, help="times each case is run (5)")
-            sub.add_argument("--large", action="store_true",
-                             help="M = 1,024 on a CPU too: minutes a step")
+            sub.add_argument("--large", action="store_true", help="M = 1,024 on a CPU too")
     args = parser.parse_args()
-    if args.out and (args.out.exists() or not args.out.parent.is_dir()):
-        raise ValueError(f"--out {args.out}: name a new file in a folder that is there")
+    if args.out and args.out.exists():
+        raise ValueError(f"--out {args.out} exists already; give a new name")
     args.device = start_processes(args.device)
     machine = f"{os.cpu_count()} cores {platform.machine()}, {torch.get_num_threads()} threads"
     if args.device.type == "cuda":
         machine = torch.cuda.get_device_name(args.device)
     about = {"date": str(date.today()), "machine": machine, "torch": torch.__version__}
     print(", ".join(about.values()) + "\n")
-    rows = args.function(args)
+    about |= {"table": args.table, "rows": args.function(args)}
     if args.out:
-        temporary = args.out.with_name(f"{args.out.name}.partial")
-        temporary.write_text(json.dumps(about | {"table": args.table, "rows": rows}, indent=1))
-        os.replace(temporary, args.out)
+        args.out.write_text(json.dumps(about, indent=1))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,8 @@ from util.processes import Progress, run_script
 
 def scene_batch(rng: np.random.Generator, size: int) -> tuple[Tensor, list[tuple]]:
     """New scenes (size, 3, 64, 64) and the rugs in each.
-
     No two scenes have the same set of rugs: the loss would separate an image from another's
-    caption that is just as true of it.
-    """
+    caption that is just as true of it."""
     scenes: dict[frozenset, tuple] = {}
     while len(scenes) < size:
         rugs = tuple(toy.one_to_three(rng, toy.RUGS))
@@ -39,9 +37,7 @@ def scene_batch(rng: np.random.Generator, size: int) -> tuple[Tensor, list[tuple
 
 def contrastive_loss(clip_model: torch.nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
     """CLIP's loss (Radford et al. 2021, Fig. 3): images find their captions, and the reverse.
-
-    images (B, 3, 64, 64), tokens (B, context_length).
-    """
+    images (B, 3, 64, 64), tokens (B, context_length)."""
     per_image, per_text = clip_model(images, tokens)  # logits, (B, B) each
     target = torch.arange(len(images))
     return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2

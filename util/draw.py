@@ -1,4 +1,4 @@
-"""All drawing: labels (paper Fig. 6), names of regions (Fig. 2), the mask (Fig. 5 c), losses."""
+"""All drawing: labels (paper Fig. 6), names of regions (Fig. 2), the mask (Fig. 5 c)."""
 
 import functools
 import itertools
@@ -25,10 +25,8 @@ _font = functools.cache(ImageFont.load_default)
 
 def fills(names: Sequence[str]) -> np.ndarray:
     """How the figures paint each class: (C, t, t, 3) uint8 tiles.
-
     A rug of the toy world has its own texture. Every other class i has colour i + 1 of VOC's
-    colour map, whose numbers give their bits to red, green and blue in turn, highest bit first.
-    """
+    colour map, whose numbers give their bits to red, green and blue in turn, highest bit first."""
     number = np.arange(1, len(names) + 1)[:, None]
     colours = sum((number >> (3 * bit + np.arange(3)) & 1) << (7 - bit) for bit in range(3))
     tiles = [TEXTURES.get(name.lower(), np.full((12, 12, 3), c)) for name, c in zip(names, colours)]
@@ -44,10 +42,8 @@ def index_png_palette(names: Sequence[str]) -> list[int]:
 def _write(pen: ImageDraw.ImageDraw, free: np.ndarray, name: str, starred: bool = False,
            fill: tuple | None = None, sizes: Sequence[int] = SIZES) -> tuple[slice, slice] | None:
     """Write a name as large as the (H, W) bool area `free` allows, where that is most interior.
-
     An outline keeps the letters legible on any background. Returns the rows and columns that the
-    name fills, None where it finds no room. Accents are left out: Pillow's own font has none.
-    """
+    name fills, None where it finds no room. Accents are left out: Pillow's own font has none."""
     name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode() + "*" * starred
     layouts = dict.fromkeys(textwrap.fill(name, n, break_long_words=False)
                             for n in range(len(name), 0, -1))
@@ -79,10 +75,8 @@ def fit(image: Image.Image, side: int) -> Image.Image:
 def _paint(image: Image.Image, label: np.ndarray, tiles: np.ndarray,
            weight: float) -> tuple[Image.Image, np.ndarray]:
     """Mix each segment of a label with its tile, with a thin white line between segments.
-
     label (H, W) uint8; where it is 255 the image stays as it was. weight: of the tile. Returns the
-    painted image and the label at the image's size.
-    """
+    painted image and the label at the image's size."""
     resized = Image.fromarray(label).resize(image.size, Image.Resampling.NEAREST)
     label, pixels = np.array(resized), np.array(image)
     y, x = np.indices(label.shape) % tiles.shape[1]
@@ -96,10 +90,8 @@ def label_image(image: Image.Image, label: np.ndarray, names: Sequence[str],
                 unseen: Collection[int], side: int = 390,
                 no_room: set[int] | None = None) -> Image.Image:
     """Paper Fig. 6: an image under its label, each class name written once, on its segment.
-
     label (H, W) uint8: rows of names, 255 is left as it is; names in `unseen` are yellow with a
-    star. side: the longer one. Classes that find no room for their names are added to no_room.
-    """
+    star. side: the longer one. Classes that find no room for their names are added to no_room."""
     out, label = _paint(fit(image, side), label, fills(names), weight=0.65)
     for i in np.unique(label[label != IGNORE]).tolist():
         place = _write(ImageDraw.Draw(out), label == i, names[i], i in unseen)
@@ -125,10 +117,8 @@ def region_names(image: Image.Image, answers: np.ndarray, names: Sequence[str],
                  unseen: Collection[int], side: int,
                  truth: np.ndarray | None = None) -> Image.Image:
     """Paper Fig. 2: the class name that each region of an m x m grid is closest to, in its cell.
-
     answers (m, m): rows of names. truth (m, m), if given: a cell's frame is blue where the answer
-    is right, orange and crossed out where it is wrong; where truth is 255 the name is grey.
-    """
+    is right, orange and crossed out where it is wrong; where truth is 255 the name is grey."""
     out = fit(image, side)
     m, (width, height) = len(answers), out.size
     for (r, c), i in np.ndenumerate(answers):
@@ -178,9 +168,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str] = (),
 
 def mask_image(mask: np.ndarray, groups: Sequence[tuple[str, int]]) -> Image.Image:
     """Paper Fig. 5 (c): a square is coloured where its row's token may attend to its column's.
-
-    mask (E, E) bool, True = may attend; groups: (name, number of tokens) in the tokens' order.
-    """
+    mask (E, E) bool, True = may attend; groups: (name, number of tokens) in the tokens' order."""
     names, counts = zip(*((name, count) for name, count in groups if count))
     side, margin, font = max(2, 1000 // len(mask)), 200, _font(34)
     upright = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
@@ -199,32 +187,4 @@ def mask_image(mask: np.ndarray, groups: Sequence[tuple[str, int]]) -> Image.Ima
         middle, edge = margin + start + side * count / 2, margin - 14
         pen.text((edge, middle), name, tuple(colour), font, "rm")
         pen.text((middle - 20, edge - font.getlength(name)), name, tuple(colour), upright)
-    return out
-
-
-def loss_chart(lines: Sequence[dict]) -> Image.Image:
-    """Paper Eq. 11: the total loss and its weighted parts over the steps, logarithmic.
-
-    lines: of a run's log.jsonl, with step, loss, mask, dice, recovery_q, recovery_v.
-    """
-    lines = [line for line in lines if "loss" in line]
-    colours = {"loss": INK, "mask": RIGHT, "dice": WRONG, "recovery_q": GREEN, "recovery_v": PINK}
-    curves = {name: np.log10([line[name] for line in lines]) for name in colours
-              if all(line.get(name) for line in lines)}
-    low, high = np.min([*curves.values()]), np.max([*curves.values()])
-    last, font, out = lines[-1]["step"], _font(34), Image.new("RGB", (1600, 900), "white")
-    pen = ImageDraw.Draw(out)
-    for value in (m * 10.0**e for e in range(-6, 6) for m in (1, 2, 5)):
-        y = 800 - 740 * (np.log10(value) - low) / (high - low)
-        if 60 <= y <= 800:
-            pen.line((150, y, 1350, y), PALE, 2)
-            pen.text((134, y), f"{value:g}", GREY, font, "rm")
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        pen.text((150 + 1200 * part, 864), f"step {part * last:,.0f}", GREY, font, "mm")
-    x, free = [150 + 1200 * line["step"] / last for line in lines], 840
-    for name, curve in sorted(curves.items(), key=lambda pair: pair[1][-1]):
-        y = 800 - 740 * (curve - low) / (high - low)
-        pen.line(list(zip(x, y)), colours[name], 5, "curve")
-        free = min(free - 40, y[-1])  # the names stand at the curves' ends, one above the other
-        pen.text((1370, free), name, colours[name], font, "lm")
     return out

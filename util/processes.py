@@ -19,10 +19,8 @@ from tqdm import tqdm
 
 def start_processes(device: str, precision: str = "tf32") -> torch.device:
     """Join the processes that torchrun started, if it did. Return this process's device.
-
     device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". Raises ValueError for a
-    device that is not there.
-    """
+    device that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -115,10 +113,8 @@ PEAKS = {"A100": (156, 312), "H100 PCIe": (378, 756), "H100": (494, 989), "H200"
 
 def autocast(device: torch.device, precision: str):
     """A context manager in which matrix products have a precision; the one place that sets it.
-
     tf32 keeps 10 bits of a factor's fraction (on a CPU it is float32); the released code's
-    PyTorch 1.10 had it on. bfloat16 keeps 7.
-    """
+    PyTorch 1.10 had it on. bfloat16 keeps 7."""
     tf32 = device.type == "cuda" and precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
@@ -174,9 +170,7 @@ class Progress(tqdm):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`. Unusable input ends it with one line on stderr and exit code 2.
-
-    Of several processes, the one that found the fault reports it; the others end with code 1.
-    """
+    Of several processes, the one that found the fault reports it; the others end with code 1."""
     try:
         main()
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -53,10 +53,8 @@ def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl, without any that a kill cut short."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
+        with suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return lines
 
 
@@ -108,8 +106,7 @@ class StopSignals:
     """Ctrl-C and SIGTERM let a training step finish: `received` says which one came.
 
     The second one ends the program at once. Under torchrun it does not, because there each
-    process gets Ctrl-C from the terminal and SIGTERM from torchrun.
-    """
+    process gets Ctrl-C from the terminal and SIGTERM from torchrun."""
 
     def __init__(self) -> None:
         self.received = 0

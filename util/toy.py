@@ -56,9 +56,7 @@ def one_to_three(rng: np.random.Generator, items: Sequence) -> list:
 
 def _marks(pattern: str, u: np.ndarray, v: np.ndarray, step: int) -> np.ndarray:
     """0 where a pattern has the rug's colour, 1 where it is dark, 2 where it is cream.
-
-    u, v: coordinates along the rug's own axes, in the unit of `step`. The period is 2 step.
-    """
+    u, v: coordinates along the rug's own axes, in the unit of `step`. The period is 2 step."""
     period = 2 * step
     dot = (u % period - step)**2 + (v % period - step)**2 <= step**2 // 2
     check = np.where(3 * v // period % 3 == 1, 2, 3 * u // period % 3 == 1)
@@ -73,9 +71,7 @@ def texture(pattern: str, colour: str) -> np.ndarray:
 
 def draw_scene(rng: np.random.Generator, rugs: Sequence[Rug]) -> tuple[np.ndarray, np.ndarray]:
     """A scene in which each rug lies once and shows at least 100 pixels.
-
-    Returns the image (64, 64, 3) and the mask (64, 64), uint8: 0 the floor, i + 1 the i-th rug.
-    """
+    Returns the image (64, 64, 3) and the mask (64, 64), uint8: 0 the floor, i + 1 the i-th rug."""
     Y, X = np.mgrid[:SIZE, :SIZE]  # int64
     while True:  # until every rug has found a place
         floor = rng.integers(96, 168) + rng.integers(-16, 17, 3)
@@ -111,10 +107,8 @@ def draw_scene(rng: np.random.Generator, rugs: Sequence[Rug]) -> tuple[np.ndarra
 
 def draw_world(folder: Path, train: int = 1500, val: int = 200, seed: int = 0) -> None:
     """Draw `train` and `val` scenes for `data.open_dataset("toy", folder, ...)`.
-
     A toy world of other settings is replaced; one of these settings is kept as it is.
-    Raises ValueError if the folder holds anything else.
-    """
+    Raises ValueError if the folder holds anything else."""
     settings = f"{DRAWING}, train {train}, val {val}, seed {seed}\n"
     if _marker(folder) == settings:
         return
