@@ -17,6 +17,8 @@ Folders under --data-root:
 "folder" is your own data (see docs/data.md). A line of classes.txt is a class name, the first for
 mask value 0, or "4 = fence", or "128,64,128 = fence"; * before a name marks an unseen class.
 Training takes pixels of 255 as examples of what no class looks like; evaluation leaves them out.
+
+What each setting sees of a mask: docs/walkthrough.md#the-three-settings
 """
 
 import argparse
