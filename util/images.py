@@ -34,7 +34,7 @@ def read_image(path: str | Path, has_mask: bool = False) -> Image.Image:
     """Read a JPEG, PNG or WebP file as an upright 8-bit RGB image. Transparent pixels become white.
 
     has_mask: refuse an image that its EXIF data turns, since the mask would not turn with it.
-    Raises FileNotFoundError; ValueError for a damaged file or 16 bits of which 12 or less are used.
+    Raises FileNotFoundError; ValueError for a damaged file or 16 bits with 12 or fewer in use.
     """
     image, layout = _open(Path(path), ("JPEG", "PNG", "WEBP"))
     if has_mask and image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
