@@ -133,6 +133,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         preset |= SUPERVISED.get(s.dataset, {})
     if s.setting == "transductive":
         preset["iterations"] //= 2
+        preset["lr"] = min(preset["lr"], 2e-4)  # it starts from trained weights, also in the toy
     s.clip = s.clip or (str(TOY_CLIP) if s.dataset == "toy" else "ViT-B/16")
     if Path(s.clip).name == TOY_CLIP.name:  # to try one's own data with: that CLIP's own size
         preset["crop_size"] = toy.SIZE

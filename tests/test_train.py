@@ -105,6 +105,7 @@ def test_presets_are_the_papers():
     assert preset("coco-stuff") == (100, 200, 3, 50, 80_000)
     assert preset("coco-stuff", "--setting", "transductive") == (100, 200, 3, 50, 40_000)
     assert preset("voc", "--setting", "supervised") == (10, 100, 1, 0, 40_000)
+    assert settings("--setting", "transductive").lr == 2e-4 != settings("--dataset", "toy").lr
     assert preset("coco-stuff", "--setting", "supervised") == (100, 100, 1.5, 1, 80_000)
     assert preset("coco-stuff", "--w-rec", "7")[3] == 7
 
