@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
         )
         dropout = self.dropout if self.training else 0.0
         heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.out(heads.transpose(1, 2).flatten(2))  # (B, X, D)
+        return self.out(heads.transpose(1, 2).flatten(2))  # (B, n, D)
 
 
 class CrossBlock(nn.Module):

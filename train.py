@@ -279,8 +279,8 @@ def train(s: Settings) -> dict | None:
             cut_log(out / "log.jsonl", start)
             print(f"{s.dataset}, {s.setting}: {len(train_data.pairs):,} images, {len(seen)} seen "
                   f"and {len(unseen)} unseen classes; steps {start:,} to {s.iterations:,} of "
-                  f"{s.batch_size} images on {world_size()} x {device.type}", train_data.note,
-                  flush=True)
+                  f"{s.batch_size} images on {world_size()} x {device.type}"
+                  + f"; {train_data.note}" * bool(train_data.note), flush=True)
         confusion = loop(s, model, optimizer, train_data, train_text, unseen, start, save, test)
         if confusion is None:
             return None

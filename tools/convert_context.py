@@ -40,7 +40,7 @@ def main() -> None:
     labels = {"".join(name.split()): int(number) for number, _, name in lines if name}
     if unknown := set(CONTEXT["class_names"][1:]) - set(labels):
         raise ValueError(f"{label_list}: lacks {', '.join(unknown)}; is it Context's labels.txt?")
-    mapping = np.zeros(1 << 16, np.uint8)  # what is none of the 59 classes is background
+    mapping = np.zeros(1 << 16, np.uint8)  # all other values are background
     mapping[[labels[name] for name in CONTEXT["class_names"][1:]]] = range(1, 60)
     masks, lists = voc / "SegmentationClassContext", voc / "ImageSets/SegmentationContext"
     masks.mkdir(), lists.mkdir()  # FileExistsError instead of replacing masks
