@@ -275,8 +275,9 @@ class GlobalBatches(torch.utils.data.Sampler):
 
 
 def leave_signals(worker: int) -> None:
-    """A worker_init_fn: Ctrl-C and SIGTERM reach only the training, which ends its step first."""
-    os.setpgrp()  # out of the process group to which they are sent
+    """A worker_init_fn: puts the worker into a process group of its own, so that Ctrl-C and
+    SIGTERM reach only the training process, which ends its step first."""
+    os.setpgrp()
 
 
 # --------------------------------------------------------------- paper Sec. 4.3: the test samples

@@ -29,6 +29,7 @@ from rlb_attention import Encoder, first_input
 from util import draw, toy
 from util.checkpoint import encode_names, read_checkpoint
 from util.clip_files import TOY_CLIP, encode_text, load_clip
+from util.flags import COUNT, POSITIVE, REAL
 from util.images import IGNORE, normalise, save_image
 from util.processes import (PRECISIONS, Progress, autocast, rank, run_script, start_processes,
                             world_size)
@@ -152,6 +153,11 @@ def paper_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def method_name(model: CLIPRC) -> str:
+    """Table 5: what a model is called, with or without RAM and region tokens."""
+    return "CLIP-RC" if model.ram else "ZegCLIP" + " with RLB" * bool(model.encoder.region_grid)
+
+
 def class_table(confusion: Tensor, names: Sequence[str], unseen: Sequence[int]) -> str:
     """Sec. 4.3: each class's IoU, accuracy and share of the labelled pixels, in percent."""
     labelled = confusion.sum(1).double()
@@ -251,7 +257,8 @@ def result_images(model: CLIPRC, untrained: tuple[MaskCLIP, Encoder | None], dat
     verdicts = [*zip(draw.VERDICTS, ("right", "wrong"))]
     legend = [(draw.fills(names)[i], names[i] + "*" * (i in unseen))
               for i in sorted(not_written - written)]
-    headers = ["image", "ground truth", "MaskCLIP, untrained", "CLIP-RC", "right or wrong"]
+    method = method_name(model)
+    headers = ["image", "ground truth", "MaskCLIP, untrained", method, "right or wrong"]
     images = {"results.png": draw.grid(rows, headers, verdicts + legend, draw.NOTE)}
 
     rows, right, m = [], [], model.encoder.region_grid
@@ -266,7 +273,7 @@ def result_images(model: CLIPRC, untrained: tuple[MaskCLIP, Encoder | None], dat
     if rows:
         shares = [np.concatenate(each).mean() for each in zip(*right)]
         headers = [f"regions of {name}: {share:.0%} right"
-                   for name, share in zip(("untrained CLIP", "CLIP-RC"), shares)]
+                   for name, share in zip(("untrained CLIP", method), shares)]
         images["regions.png"] = draw.grid(rows, headers, verdicts, draw.NOTE)
     return images
 
@@ -282,20 +289,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--data-root", help="the data set's folder; default: the training's")
     add("--split", choices=("train", "val"), default="val", help="default: %(default)s")
     add("--clip", help="CLIP's file, folder or name; default: the training's, or ViT-B/16")
-    add("--crop-size", type=int, help="side of a window, and the short side to which an image is "
+    add("--crop-size", **POSITIVE, help="side of a window, and the short side to which an image is "
         "scaled, in pixels; default: the training's, or 512")
-    add("--stride", type=int, help="pixels from window to window; default: 426 of 512")
-    add("--lower", type=float, help="how much the seen classes' scores are lowered; default: 0.1 "
+    add("--stride", **POSITIVE, help="pixels from window to window; default: 426 of 512")
+    add("--lower", **REAL, help="how much the seen classes' scores are lowered; default: 0.1 "
         "after inductive training and for a converted checkpoint, else 0")
     add("--unseen-names", choices=("own", "permuted", "random"), default="own",
         help="replace the unseen classes' text embeddings by each other's, or by random unit "
              "vectors: a model that finds these classes by their names must then fail")
-    add("--background", type=float, help="a pixel whose best score, after the lowering, is below "
+    add("--background", **REAL, help="a pixel whose best score, after the lowering, is below "
         "this is background: one class more, counted among the seen; VOC then has its 21 classes")
     add("--save", type=Path, help="a new folder for the predicted labels, palette PNGs")
     add("--device", default="auto", help="auto, cpu or cuda; default: %(default)s")
     add("--precision", choices=PRECISIONS, help="default: the training's")
-    add("--workers", type=int, default=2, help="processes that read images (%(default)s)")
+    add("--workers", **COUNT, default=2, help="processes that read images (%(default)s)")
     args = parser.parse_args()
     if bool(args.checkpoint) == args.untrained:
         parser.error("give a checkpoint or --untrained")
@@ -353,9 +360,11 @@ def main() -> None:
         dataset = replace(dataset, class_names=(*dataset.class_names, "background"),
                           mapping=mapping)
     crop = args.crop_size or run.get("crop_size") or (toy.SIZE if name == "toy" else 512)
-    confusion = evaluate(model.to(device), dataset, text.to(device), crop,
-                         args.stride or crop * 426 // 512, lower, seen, args.workers,
-                         args.precision or run.get("precision", "tf32"), args.save,
+    stride = args.stride or crop * 426 // 512
+    if stride > crop:
+        raise ValueError(f"--stride {stride}: windows of {crop} pixels would leave gaps")
+    confusion = evaluate(model.to(device), dataset, text.to(device), crop, stride, lower, seen,
+                         args.workers, args.precision or run.get("precision", "tf32"), args.save,
                          args.background)
     if rank() == 0:
         metrics = zero_shot_metrics(confusion, unseen)
@@ -363,8 +372,8 @@ def main() -> None:
         print(f"{name} {args.split}, {len(dataset.pairs):,} images; seen classes lowered by "
               f"{lower:g} ({why})" + f"; {dataset.note}" * bool(dataset.note)
               + f"; unseen names {args.unseen_names}" * (args.unseen_names != "own"))
-        method = "MaskCLIP, untrained" if args.untrained else "CLIP-RC"
-        print(paper_table({method if args.untrained or model.ram else "ZegCLIP": metrics}))
+        method = "MaskCLIP, untrained" if args.untrained else method_name(model)
+        print(paper_table({method: metrics}))
         print(f"mIoU {100 * class_iou(confusion).nanmean():.1f}   mAcc {metrics['mAcc']:.1f}   "
               f"(Table 4's columns)\n{mistakes_line(confusion, dataset.class_names)}")
 

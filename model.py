@@ -41,6 +41,8 @@ class RegionAlignment(nn.Module):
         super().__init__()
         self.align = align
         self.image_proj = nn.Linear((len(align) + 1) * D, D)
+        # A few class names teach only few directions of this layer's 2D inputs. In the others it
+        # keeps its initial weights, which an unseen name reads: hence CLIPRC's descriptor_scale.
         self.descriptor_proj = nn.Linear(2 * D, D)
 
     def forward(self, G: Tensor, I: Tensor, R: Tensor, T: Tensor,
@@ -71,17 +73,16 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x (B, n, D), memory (B, k, D). Returns (B, n, D)."""
-        q, k, v = (
-            tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # (B, heads, n or k, D / heads)
-            for tokens in (self.q(x), self.k(memory), self.v(memory))
-        )
+        q, k, v = (tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+                   for tokens in (self.q(x), self.k(memory), self.v(memory)))
+        # q (B, heads, n, D / heads); k and v (B, heads, k, D / heads)
         dropout = self.dropout if self.training else 0.0
         heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return self.out(heads.transpose(1, 2).flatten(2))  # (B, n, D)
 
 
 class CrossBlock(nn.Module):
-    """Fig. 3 (c): one layer of one branch. Released code: there is no self-attention in it."""
+    """Fig. 3 (c): one layer of one branch. There is no self-attention in it."""
 
     def __init__(self, D: int, dropout: float) -> None:
         super().__init__()

@@ -65,10 +65,8 @@ def region_mask(num_prompts: int, grid: int | tuple[int, int], region_grid: int)
     h, w = (grid, grid) if isinstance(grid, int) else grid
     m, N, M = region_grid, h * w, region_grid**2
     if m and (h % m or w % m):
-        raise ValueError(
-            f"regions: {m} x {m} regions do not divide {h} x {w} patches into equal cells; "
-            f"choose another --regions or --crop-size"
-        )
+        raise ValueError(f"regions: {m} x {m} regions do not divide {h} x {w} patches into equal "
+                         f"cells; choose another --regions or --crop-size")
     i, r = 1 + num_prompts, 1 + num_prompts + N  # where I and R start in the sequence
     row, column = torch.arange(N) // w, torch.arange(N) % w  # (N): where each patch lies
     cell = (row * m // h) * m + column * m // w  # (N): the region that contains it (Fig. 5 a)
@@ -86,10 +84,8 @@ def masked_attention(X: Tensor, attention: nn.MultiheadAttention, mask: Tensor) 
     """Eq. 2: masked multi-head self-attention with the weights of CLIP's own attention layer.
     X: (B, E, D_v), after the layer's first LayerNorm. mask: (E, E). Returns (B, E, D_v)."""
     QKV = F.linear(X, attention.in_proj_weight, attention.in_proj_bias)  # (B, E, 3 D_v)
-    Q, K, V = (
-        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, E, d_v)
-        for part in QKV.chunk(3, dim=-1)
-    )
+    Q, K, V = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+               for part in QKV.chunk(3, dim=-1))  # (B, heads, E, d_v) each
     # PyTorch computes these four lines in one call, without keeping the scores:
     #     scores = Q @ K.transpose(-2, -1) / math.sqrt(d_v)      (B, heads, E, E)
     #     scores = scores.masked_fill(~mask, -math.inf)          the paper's "+ Mask"
@@ -143,16 +139,12 @@ class Encoder(nn.Module):
         images: (B, 3, H, W), normalised. Returns G (B, D), I (B, N, D), R (B, M, D).
         Raises ValueError if the image does not split into patches, or the patches into regions."""
         if any(side % self.patch_size or not side for side in images.shape[-2:]):
-            raise ValueError(
-                f"crop-size: {images.shape[-1]} x {images.shape[-2]} pixels is not a whole number "
-                f"of this CLIP's patches of {self.patch_size} x {self.patch_size}"
-            )
+            raise ValueError(f"crop-size: {images.shape[-1]} x {images.shape[-2]} pixels is not a "
+                             f"whole number of this CLIP's {self.patch_size}-pixel patches")
         grid = tuple(side // self.patch_size for side in images.shape[-2:])  # (h, w)
         K, N, M = self.prompts.shape[1], grid[0] * grid[1], len(self.region_tokens)
-        P = [  # L times (B, K, D_v)
-            self.prompt_dropout(self.prompt_proj(prompts).expand(len(images), -1, -1))
-            for prompts in self.prompts
-        ]
+        P = [self.prompt_dropout(self.prompt_proj(prompts).expand(len(images), -1, -1))
+             for prompts in self.prompts]  # L times (B, K, D_v)
         with images.device:  # made where it is used: a copy would make the GPU wait
             mask = region_mask(K, grid, self.region_grid)  # (E, E)
 
@@ -179,15 +171,12 @@ def main() -> None:
     """Draw Fig. 5 (c)."""
     parser = argparse.ArgumentParser(
         description="Draw the attention mask of Fig. 5 (c). Rows are queries, columns are keys; "
-        "white entries are masked.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--prompts", type=int, default=2, metavar="K", help="prompt tokens")
-    parser.add_argument("--grid", type=int, default=4, help="patches along a side of the image")
-    parser.add_argument(
-        "--regions", type=int, default=4, metavar="M", help="region tokens, a square number"
-    )
-    parser.add_argument("--out", type=Path, default=Path("region_mask.png"), help="image to write")
+        "white entries are masked.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--prompts", type=int, default=2, metavar="K", help="prompt tokens")
+    add("--grid", type=int, default=4, help="patches along a side of the image")
+    add("--regions", type=int, default=4, metavar="M", help="region tokens, a square number")
+    add("--out", type=Path, default=Path("region_mask.png"), help="image to write")
     args = parser.parse_args()
     m = math.isqrt(max(args.regions, 0))
     if m**2 != args.regions:

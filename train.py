@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import data
-from eval import (LOWER, MaskCLIP, class_table, evaluate, mistakes_line, paper_table,
-                  result_images, untrained_encoder, zero_shot_metrics)
+from eval import (LOWER, MaskCLIP, class_table, evaluate, method_name, mistakes_line,
+                  paper_table, result_images, untrained_encoder, zero_shot_metrics)
 from model import CLIPRC, RECOVERY_LOSSES, count_pairs, pseudo_labels
 from util import flags, toy
 from util.checkpoint import checkpoint_clip, read_checkpoint, require_same, save_checkpoint
@@ -51,7 +51,7 @@ PRESETS = {
 }
 PRESETS["context59"] = PRESETS["folder"] = PRESETS["context"]
 PRESETS["toy"] = PAPER | {  # the paper's setting but for what smallness forces
-    "crop_size": 64, "prompts": 4,
+    "crop_size": 64, "prompts": 4,  # a scene has 64 patches, an image of VOC 1,024
     "iterations": 800, "lr": 1e-3,  # a fiftieth of VOC's steps, so larger ones
     "dropout": 0.0,  # 800 steps do not overfit, and dropout takes a third of a CPU's step
     "scale_min": 1.0, "scale_max": 1.0, "jitter": False,  # another hue or scale: another class
@@ -96,12 +96,12 @@ class Settings:
     # optimisation
     iterations: int | None = flag(None, "optimiser steps; transductive: half", **POSITIVE)
     batch_size: int = flag(16, "images in a step, over all processes", **POSITIVE)
-    accumulate: int = flag(1, "gradient accumulation: parts of a process's share", **POSITIVE)
+    accumulate: int = flag(1, "parts in which a process computes its share of a batch", **POSITIVE)
     crop_size: int | None = flag(None, "side of a training image in pixels", **POSITIVE)
     scale_min: float | None = flag(None, "smallest random scale", **REAL)
     scale_max: float | None = flag(None, "largest random scale", **REAL)
     jitter: bool | None = flag(None, "random brightness, contrast, saturation and hue")
-    lr: float | None = flag(None, "peak learning rate of AdamW", **REAL)
+    lr: float | None = flag(None, "peak learning rate of AdamW; transductive: at most 2e-4", **REAL)
     warmup: int | None = flag(None, "warm-up steps (1500, at most a tenth of the run)", **COUNT)
     weight_decay: float | None = flag(None, "of AdamW, on every trained tensor", **REAL)
     w_mask: float | None = flag(None, "weight of the focal loss; coco-stuff supervised: 100",
@@ -297,7 +297,8 @@ def train(s: Settings) -> dict | None:
             for name, image in images.items():
                 save_image(image, out / name)
             print(class_table(confusion, names, unseen), end="\n\n")
-            print(paper_table({"MaskCLIP, untrained": floor, "CLIP-RC": metrics}), end="\n\n")
+            rows = {"MaskCLIP, untrained": floor, method_name(model): metrics}
+            print(paper_table(rows), end="\n\n")
             print(mistakes_line(confusion, names))
             print(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
             print(f"next: python predict.py {out}/last.pt IMAGE labels an image of yours; eval.py "
@@ -355,7 +356,7 @@ def loop(s: Settings, model: CLIPRC, optimizer: torch.optim.Optimizer, train_dat
                 raise ValueError(f"step {done}: the loss is {values['loss']}; {s.out}/last.pt is "
                                  f"from an earlier step; lower --lr")
             figures = speed.read(done)
-            bar.set_postfix({"loss": values["loss"], **figures}, refresh=False)
+            bar.set_postfix(values | figures, refresh=False)
             if rank() == 0:
                 lr = learning_rate(step, s)
                 add_to_log(log, {"step": done, **values, "lr": lr, **figures})

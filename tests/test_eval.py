@@ -4,13 +4,17 @@ import math
 import re
 
 import miniature
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_clip, recorded, run
+from conftest import make_clip, recorded, refused, run
 
-from eval import (MaskCLIP, class_iou, class_table, confusion_matrix, mistakes_line, paper_table,
-                  slide_inference, untrained_encoder, window_corners, zero_shot_metrics)
+import data
+from eval import (MaskCLIP, class_iou, class_table, confusion_matrix, evaluate, method_name,
+                  mistakes_line, paper_table, slide_inference, untrained_encoder, window_corners,
+                  zero_shot_metrics)
+from model import CLIPRC
 from tools.convert import from_released
 from util.clip_files import TOY_CLIP
 
@@ -148,6 +152,30 @@ def test_untrained_evaluation_needs_no_checkpoint():
     assert result.returncode == 0, result.stderr
     row = re.search(r"MaskCLIP, untrained +([\d.]+) +([\d.]+)", result.stdout)
     assert float(row[2]) > 20 and "lowered by 0 (no training)" in result.stdout
+
+
+def test_every_labelled_pixel_of_every_image_counts(tmp_path):
+    for index in range(11):
+        miniature.picture(tmp_path / "images" / f"{index:02}.png", seed=index)
+        miniature.mask(tmp_path / "masks" / f"{index:02}.png", [0, 1, 255])
+    (tmp_path / "classes.txt").write_text("0 = road\n1 = car\n")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("\n".join(f"{index:02}" for index in range(11)))
+    dataset = data.open_dataset("folder", tmp_path, "val")
+    labels = np.stack([data.read_pair(dataset, index)[1] for index in range(11)])
+    confusion = evaluate(MaskCLIP(make_clip().visual), dataset, torch.randn(2, 32), 64, 53, 0.0, [])
+    assert confusion.sum(1).tolist() == [(labels == c).sum() for c in (0, 1)]
+
+
+def test_windows_that_leave_gaps_are_refused():
+    flags = ("--untrained", "--dataset", "toy", "--stride", "65")
+    assert "--stride 65" in refused(*flags, program="eval.py")
+
+
+@pytest.mark.parametrize("regions, ram, name", [
+    (1, True, "CLIP-RC"), (0, False, "ZegCLIP"), (1, False, "ZegCLIP with RLB")])
+def test_a_model_is_called_what_table_5_calls_it(regions, ram, name):
+    assert method_name(CLIPRC(make_clip().visual, regions=regions, ram=ram, rdl=False)) == name
 
 
 def test_background_is_where_no_class_scores_enough_and_counts_among_the_seen(tmp_path):

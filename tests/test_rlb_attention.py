@@ -139,7 +139,7 @@ def test_features_have_the_papers_shapes_and_unit_length():
         assert [tuple(f.shape) for f in features] == [(2, 32), (2, N, 32), (2, 16, 32)]
         for feature in features:
             torch.testing.assert_close(feature.norm(dim=-1), torch.ones(feature.shape[:-1]))
-    with pytest.raises(ValueError, match="65 x 64.*16 x 16"):
+    with pytest.raises(ValueError, match="65 x 64.*16-pixel"):
         encoder(torch.randn(1, 3, 64, 65))
 
 

@@ -34,7 +34,7 @@ def parse(settings: type, presets: dict[str, dict], description: str, arguments:
         help = more.pop("help")
         values = [f"{name} {preset[f.name]}" for name, preset in presets.items()
                   if f.name in preset]
-        if values or f.default not in (None, False):
+        if values or not (f.default is None or f.default is False):
             help += f" ({', '.join(values) or f.default})"
         if "bool" in str(f.type):
             more["action"] = argparse.BooleanOptionalAction
