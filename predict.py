@@ -60,11 +60,12 @@ class Result:
         return draw.grid([[tile] for tile in tiles] if wide else [tiles], (), legend, note)
 
     def table(self) -> str:
-        """Each word's share of the image and its mean score there, the largest share first."""
+        """Each word's share of the image and its mean score there, the largest share first.
+        Of a word that labels no pixel: its highest score."""
         lines = [f"  {'word (* unseen)':<28}{'share':>8}{'score':>8}"]
         shares = np.bincount(self.labels.ravel(), minlength=256) / self.labels.size
-        for i in np.argsort(-shares[:IGNORE], kind="stable")[:np.count_nonzero(shares[:IGNORE])]:
-            score = self.best[self.labels == i].mean()
+        for i in np.argsort(-shares[:len(self.names)], kind="stable"):
+            score = self.best[self.labels == i].mean() if shares[i] else self.scores[i].max()
             lines.append(("* " if i in self.unseen else "  ")
                          + f"{self.names[i]:<28}{shares[i]:>8.1%}{score:>8.2f}")
         if shares[IGNORE]:
@@ -73,7 +74,7 @@ class Result:
 
 
 class Segmenter:
-    """Paper Sec. 4.3 for your own images: a trained model and the class names to look for.
+    """Paper Fig. 6 for your own images: a trained model and the class names to look for.
 
     class_names: any words, or "car, road"; None for the training's. A converted checkpoint does not
     know which had masks in training: put a * before those that had none. After inductive training
@@ -104,8 +105,7 @@ class Segmenter:
         self.lower = LOWER if inductive and self.seen and self.unseen else 0.0
         self.crop, self.threshold = run.get("crop_size", 512), threshold
         self.precision = precision or run.get("precision", "tf32")
-        toy = Path(clip or saved.get("clip", "")).name == TOY_CLIP.name
-        self.unknown = [name for name in self.names if toy and name.lower() not in draw.TEXTURES]
+        self.toy_clip = Path(clip or saved.get("clip", "")).name == TOY_CLIP.name
 
         self.device = start_processes(device, self.precision)
         text = saved["text"] if self.names == own else encode_names(
@@ -203,17 +203,18 @@ def main() -> None:
     args = parser.parse_args()
     given = bool(args.files) and args.files[0].suffix == ".pt"
     checkpoint = args.files.pop(0) if given else TOY_MODEL
+    own = bool(args.files or args.classes)
     if not args.files:
         scene, _ = toy.draw_scene(np.random.default_rng(4), [toy.CLASSES[i] for i in (11, 16, 4)])
-        args.files = [args.out / "toy_scene.png"]
+        args.files = [args.out / "photos" / "toy_scene.png"]
         save_image(Image.fromarray(scene), args.files[0])
         args.threshold = 0.1 if args.threshold is None else args.threshold  # the floor is no class
     photos, failed = find_photos(args.files), []
     segmenter = Segmenter(checkpoint, args.classes, clip=args.clip, device=args.device,
                           precision=args.precision, threshold=args.threshold)
-    if segmenter.unknown:
+    if segmenter.toy_clip and own:
         print("note: the toy world's CLIP knows only rugs, such as 'striped blue rug'; what it "
-              f"says of {', '.join(segmenter.unknown)} means nothing")
+              "says of anything else means nothing")
     for path in Progress(photos, "labelling") if len(photos) > 1 else photos:
         try:
             image = read_image(path)
