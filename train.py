@@ -91,7 +91,7 @@ class Settings:
     recovery_layers: int = flag(1, "layers of the recovery decoder (Table 8)", **COUNT)
     recovery_loss: str = flag("l1", "its distance (Table 8)", choices=tuple(RECOVERY_LOSSES))
     initialiser: str | None = flag(None, "of the decoder", choices=INITIALISERS)
-    descriptor_scale: float | None = flag(None, "factor on ram.descriptor_proj's weights", **REAL)
+    descriptor_scale: float | None = flag(None, "initial factor on ram.descriptor_proj", **REAL)
     dropout: float | None = flag(None, "on prompts, attention weights, decoder layers", **REAL)
     # optimisation
     iterations: int | None = flag(None, "optimiser steps; transductive: half", **POSITIVE)
@@ -297,8 +297,7 @@ def train(s: Settings) -> dict | None:
             for name, image in images.items():
                 save_image(image, out / name)
             print(class_table(confusion, names, unseen), end="\n\n")
-            rows = {"MaskCLIP, untrained": floor, method_name(model): metrics}
-            print(paper_table(rows), end="\n\n")
+            print(paper_table({"MaskCLIP, untrained": floor, method_name(model): metrics}) + "\n")
             print(mistakes_line(confusion, names))
             print(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
             print(f"next: python predict.py {out}/last.pt IMAGE labels an image of yours; eval.py "
