@@ -233,7 +233,7 @@ class CLIPRC(nn.Module):
     rdl: the recovery loss (Table 5). recovery_layers, recovery_loss: Table 8.
     initialiser: "released" is PyTorch's default, with each branch's layers as copies of its first.
     "truncated_normal" is the initialiser that the released code defines, for RAM and decoder.
-    descriptor_scale: factor on the initial weights and the bias of `ram.descriptor_proj`.
+    descriptor_scale: factor on the initial weights of `ram.descriptor_proj`, not on its bias.
     dropout: on prompts, attention weights and the decoders' layers.
     recompute: see `Decoder`; None means from 256 regions. It changes memory, not results."""
 
@@ -273,8 +273,7 @@ class CLIPRC(nn.Module):
                 for block in others:
                     block.load_state_dict(first.state_dict())
         if ram:
-            for parameter in self.ram.descriptor_proj.parameters():
-                parameter.data *= descriptor_scale
+            self.ram.descriptor_proj.weight.data *= descriptor_scale
         self.rdl, self.distance = rdl, RECOVERY_LOSSES[recovery_loss]
         if rdl and recovery_layers:
             self.recovery = RecoveryDecoder(D, recovery_layers, dropout, recompute)

@@ -286,10 +286,10 @@ def test_initialisation_as_released_copies_the_first_layer():
         assert not network.recovery.image_in.bias.any()
 
 
-def test_descriptor_scale_shrinks_one_layer_alone_its_bias_too():
+def test_descriptor_scale_shrinks_the_initial_weights_of_one_layer_alone():
     full, small = make_network().state_dict(), make_network(descriptor_scale=0.01).state_dict()
     for name, tensor in full.items():
-        scale = 0.01 if name.startswith("ram.descriptor_proj.") else 1
+        scale = 0.01 if name == "ram.descriptor_proj.weight" else 1
         torch.testing.assert_close(small[name], scale * tensor, msg=name)
 
 
