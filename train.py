@@ -91,7 +91,7 @@ class Settings:
     recovery_layers: int = flag(1, "layers of the recovery decoder (Table 8)", **COUNT)
     recovery_loss: str = flag("l1", "its distance (Table 8)", choices=tuple(RECOVERY_LOSSES))
     initialiser: str | None = flag(None, "of the decoder", choices=INITIALISERS)
-    descriptor_scale: float | None = flag(None, "on ram.descriptor_proj's initial weights", **REAL)
+    descriptor_scale: float | None = flag(None, "initial factor on ram.descriptor_proj", **REAL)
     dropout: float | None = flag(None, "on prompts, attention weights, decoder layers", **REAL)
     # optimisation
     iterations: int | None = flag(None, "optimiser steps; transductive: half", **POSITIVE)
