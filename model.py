@@ -41,8 +41,8 @@ class RegionAlignment(nn.Module):
         super().__init__()
         self.align = align
         self.image_proj = nn.Linear((len(align) + 1) * D, D)
-        # A few class names teach only few directions of this layer's 2D inputs. In the others it
-        # keeps its initial weights, which an unseen name reads: hence CLIPRC's descriptor_scale.
+        # Few class names leave most of this layer undetermined. There it keeps its random initial
+        # weights, which an unseen name may read; CLIPRC's descriptor_scale makes them small.
         self.descriptor_proj = nn.Linear(2 * D, D)
 
     def forward(self, G: Tensor, I: Tensor, R: Tensor, T: Tensor,

@@ -56,7 +56,7 @@ PRESETS["toy"] = PAPER | {  # the paper's setting but for what smallness forces
     "dropout": 0.0,  # 800 steps do not overfit, and dropout takes a third of a CPU's step
     "scale_min": 1.0, "scale_max": 1.0, "jitter": False,  # another hue or scale: another class
     "initialiser": "truncated_normal",  # from the released one, 800 steps lead nowhere
-    "descriptor_scale": 0.01,  # 15 class names determine few of this layer's 2D inputs
+    "descriptor_scale": 0.01,  # makes runs steadier: see docs/differences.md
 }
 SUPERVISED = dict.fromkeys(("voc", "context", "context59", "folder"), {"w_rec": 0.0})
 SUPERVISED["coco-stuff"] = {"w_mask": 100.0, "w_dice": 1.5, "w_rec": 1.0}
