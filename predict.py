@@ -60,14 +60,14 @@ class Result:
         return draw.grid([[tile] for tile in tiles] if wide else [tiles], (), legend, note)
 
     def table(self) -> str:
-        """Each word's share of the image and its mean score there, the largest share first.
-        Of a word that labels no pixel: its highest score."""
-        lines = [f"  {'word (* unseen)':<28}{'share':>8}{'score':>8}"]
+        """Each word's share of the image, its mean score there, and its highest score anywhere.
+        The word with the largest share comes first."""
+        lines = [f"  {'word (* unseen)':<28}{'share':>8}{'mean':>8}{'highest':>9}"]
         shares = np.bincount(self.labels.ravel(), minlength=256) / self.labels.size
         for i in np.argsort(-shares[:len(self.names)], kind="stable"):
-            score = self.best[self.labels == i].mean() if shares[i] else self.scores[i].max()
-            lines.append(("* " if i in self.unseen else "  ")
-                         + f"{self.names[i]:<28}{shares[i]:>8.1%}{score:>8.2f}")
+            mean = f"{self.best[self.labels == i].mean():.2f}" if shares[i] else "-"
+            row = f"{self.names[i]:<28}{shares[i]:>8.1%}{mean:>8}{self.scores[i].max():>9.2f}"
+            lines.append(f"{'* ' if i in self.unseen else '  '}{row}")
         if shares[IGNORE]:
             lines.append(f"  {'(no label)':<28}{shares[IGNORE]:>8.1%}")
         return "\n".join(lines)

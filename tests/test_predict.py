@@ -85,7 +85,10 @@ def test_pixels_below_the_threshold_have_no_label_and_stay_as_photographed(check
     assert 0 < below.mean() < 1 and (result.labels[below] == 255).all()
     assert (result.labels[~below] == everywhere.labels[~below]).all()
     segmenter.threshold = 1.0
-    pixels = np.asarray(segmenter.segment(photo).draw())[12:-12]
+    nothing = segmenter.segment(photo)
+    rows = [row.split()[-3:] for row in nothing.table().split("\n")[1:-1]]
+    assert rows == [["0.0%", "-", f"{score.max():.2f}"] for score in nothing.scores]
+    pixels = np.asarray(nothing.draw())[12:-12]
     assert (pixels[:, 12:792] == pixels[:, 804:1584]).all()
 
 
@@ -150,8 +153,9 @@ def test_every_photo_gets_its_images_and_a_table(checkpoint, photo, tmp_path):
     assert labels.mode == "P" and (np.asarray(labels) == result.labels).all()
     assert Image.open(tmp_path / "out" / "street.png").size == result.draw().size
     assert Image.open(tmp_path / "out" / "street_regions.png").width > 1500
-    sky = result.labels == 4
-    assert f"* sky  {sky.mean():>31.1%}{result.best[sky].mean():>8.2f}\n" in printed
+    sky, highest = result.labels == 4, result.scores[4].max()
+    row = f"* sky  {sky.mean():>31.1%}{result.best[sky].mean():>8.2f}{highest:>9.2f}\n"
+    assert row in printed
     assert "street.png, 150 x 100: " in printed
 
 
@@ -180,7 +184,7 @@ def test_a_damaged_photo_does_not_stop_the_others(checkpoint, photo, tmp_path):
 
 def test_the_toy_clip_comes_with_a_warning(checkpoint, photo, tmp_path, clip_path):
     toy_clip = shutil.copy(clip_path, tmp_path / "toy_clip.pt")
-    words = ("--classes", "cat, Plain red rug", "--out", tmp_path / "out")
+    words = ("--classes", "plain red rug, dotted blue rug", "--out", tmp_path / "out")
     assert "knows only rugs" in predict(checkpoint, photo, *words, "--clip", toy_clip)
     assert "knows only rugs" not in predict(checkpoint, photo, *words)
 
