@@ -41,8 +41,8 @@ class RegionAlignment(nn.Module):
         super().__init__()
         self.align = align
         self.image_proj = nn.Linear((len(align) + 1) * D, D)
-        # Few class names leave most of this layer undetermined. There it keeps its random initial
-        # weights, which an unseen name may read; CLIPRC's descriptor_scale makes them small.
+        # Our guess: few class names leave most of this layer at its random initial weights, and an
+        # unseen name reads them. CLIPRC's descriptor_scale can make these weights small.
         self.descriptor_proj = nn.Linear(2 * D, D)
 
     def forward(self, G: Tensor, I: Tensor, R: Tensor, T: Tensor,
