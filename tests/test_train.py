@@ -393,12 +393,12 @@ def test_several_processes_compute_what_one_does(flags, tmp_path, processes):
 
 def test_each_process_has_dropout_of_its_own(flags, tmp_path):
     script = tmp_path / "spy.py"
-    script.write_text(f"""import sys
+    script.write_text(f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
 real = train.backward
 def spy(*arguments):
-    print("dropout seed", torch.initial_seed(), flush=True)
+    os.write(1, f"dropout seed {{torch.initial_seed()}}\\n".encode())  # whole, beside the other
     return real(*arguments)
 train.backward = spy
 train.run_script(lambda: train.train(train.parse_settings()))
