@@ -99,6 +99,12 @@ def test_precision_is_set_in_one_place():
         assert not torch.backends.cuda.matmul.allow_tf32  # tf32 means float32 on a CPU
 
 
+def test_a_device_without_bfloat16_says_so_and_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "slow_bfloat16", lambda device: True)
+    assert processes.start_processes("cpu", "bfloat16").type == "cpu"
+    assert "float32 is faster here" in capsys.readouterr().out
+
+
 def test_the_segmentation_keeps_its_digits_in_bfloat16():
     torch.manual_seed(0)
     network = CLIPRC(make_clip().visual, num_prompts=3, regions=4).eval()

@@ -1,8 +1,10 @@
 """The benchmarks count what they say; the ablations run what they say, once."""
 
 import json
+import signal
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,8 +34,9 @@ def test_a_case_is_measured_in_the_precision_asked_for(monkeypatch):
     network.encoder.register_forward_hook(lambda *_: on.append(torch.is_autocast_enabled("cpu")))
     monkeypatch.setattr(bench, "vit_b16", lambda regions: network)
     for precision in bench.PRECISIONS:
-        row = bench.measure(bench.training_step, 4, 1, precision, False, "cpu", 1)
-        assert len(row["seconds"]) == 1 and row["GB"] >= 0
+        row = bench.measure(partial(bench.training_step, size=64), 4, 1, precision, False, "cpu", 1,
+                            side=64)
+        assert len(row["seconds"]) == 1 and row["GB"] >= 0 and row["best_rate"] > 0
     assert on == [False] * 4 + [True] * 2  # each time a step to warm up and one to measure
 
 
@@ -57,7 +60,8 @@ def ablations(tmp_path, monkeypatch):
         for s in runs.values():
             Path(s.out).mkdir(parents=True)
             save_checkpoint(Path(s.out, "last.pt"), {}, {}, None, run=asdict(s))
-            log = {"result": {"hIoU": 2 * s.seed, "mIoU_S": 50, "mIoU_U": None}}
+            seen = {"l1": 50, "l2": 60, "kd": 70}[s.recovery_loss]
+            log = {"result": {"hIoU": 2 * s.seed, "mIoU_S": seen, "mIoU_U": None}}
             Path(s.out, "log.jsonl").write_text(json.dumps(log))
 
     def start(*flags: str) -> dict[str, str]:
@@ -71,12 +75,15 @@ def ablations(tmp_path, monkeypatch):
 
 
 def test_every_row_is_run_and_compared_with_the_paper(ablations, capsys):
-    runs = ablations("--tables", "5", "6")
+    runs = ablations("--tables", "5", "6", "8")
     rows = ("regions=0-ram=False-rdl=False", "ram=False-rdl=False", "rdl=False", "default",
-            "update_regions=True", "regions=1", "regions=16")
+            "update_regions=True", "regions=1", "regions=16", "recovery_loss=l2",
+            "recovery_loss=kd", "recovery_layers=0", "recovery_layers=2", "recovery_layers=3")
     assert runs.keys() == {f"{row}-seed={seed}" for row in rows for seed in (0, 1)}
     table = [line.split() for line in capsys.readouterr().out.split("\n")]
     assert "6 M=16 1.0 ± 1.0 50.0 ± 0.0 nan ± nan 88.4 92.8 84.4".split() in table
+    for name, seen, paper in (("L2", 60, "86.7 91.8 81.9"), ("KD", 70, "86.4 92.2 81.2")):
+        assert f"8 {name} 1.0 ± 1.0 {seen}.0 ± 0.0 nan ± nan {paper}".split() in table
     assert "6 M=64 a region would be smaller than 2x2 patches 89.1 93.0 85.6".split() in table
 
 
@@ -117,7 +124,9 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, ca
     assert "4 of 4" in lines[3] and sum("hIoU 4.0" in line for line in lines) == 3
 
 
-def test_ctrl_c_stops_all_runs_and_starts_no_more(tmp_path, monkeypatch):
+def test_ctrl_c_stops_all_runs_and_starts_no_more(tmp_path, monkeypatch, request):
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` may ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
     with pytest.raises(KeyboardInterrupt):
         ablate.run_all(stand_in(monkeypatch, tmp_path, """if 1:
             out.touch()

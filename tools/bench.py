@@ -141,11 +141,11 @@ def seconds(work: Callable, device: torch.device) -> float:
 
 
 def measure(case: Callable, regions: int, images: int, precision: str, compile: bool, device: str,
-            rounds: int) -> dict:
+            rounds: int, side: int = 2048) -> dict:
     """Run a case 1 + `rounds` times, the first to warm up. For a process of its own.
     Returns the times in seconds; the peak memory in GB (on a GPU that of the tensors, on a CPU
     what the process took beyond PyTorch itself); and the best rate in floating-point operations
-    a second: a card's from its data sheet, a CPU's from a large matrix product."""
+    a second: a card's from its data sheet, a CPU's from a product of side x side matrices."""
     device = torch.device(device)
     tiny = CLIPRC(clip.model.VisionTransformer(64, 16, 64, 2, 1, 512), regions=4).to(device)
     case(tiny, 1, precision, device, size=64)()  # loads what PyTorch loads on first use
@@ -158,7 +158,7 @@ def measure(case: Callable, regions: int, images: int, precision: str, compile: 
     peak = torch.cuda.max_memory_allocated() if cuda else resident() - own
     best = peak_flops(device, precision)
     if not best:
-        side, dtype = 2048, torch.bfloat16 if precision == "bfloat16" else torch.float32
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         a, b = torch.randn(2, side, side, device=device, dtype=dtype)
         best = 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
     return {"seconds": times[1:] or times, "GB": peak / 1e9, "best_rate": best}

@@ -34,7 +34,7 @@ def start_processes(device: str, precision: str = "tf32") -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        store, rank, world = next(rendezvous("env://"))
+        store, number, world = next(rendezvous("env://"))
         # After torchrun --max-restarts the store still holds the dead processes' addresses
         # (PyTorch 2.13), so each restart gets a prefix of its own. Several machines count their
         # restarts separately, so they keep the plain store.
@@ -42,7 +42,7 @@ def start_processes(device: str, precision: str = "tf32") -> torch.device:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         cuda = device.type == "cuda"
         # Half an hour: the first process also draws images while the others wait.
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number,
                                 world_size=world, device_id=device if cuda else None,
                                 timeout=timedelta(minutes=30))
     if precision == "bfloat16" and slow_bfloat16(device) and rank() == 0:
