@@ -25,7 +25,7 @@ import argparse
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,7 @@ class Dataset:
     pairs: list[tuple[Path, Path]]  # (image, mask)
     mapping: np.ndarray  # uint8: mask value (or colour) -> class number, IGNORE or NO_CLASS
     note: str = ""  # what a user should know about this split
+    shown: np.ndarray = field(default_factory=lambda: np.arange(256, dtype=np.uint8))  # in training
 
 
 def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
@@ -90,7 +91,13 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
     splits = split, {"train": "training", "val": "validation"}[split]
     images = folder.files_by_stem(root / entry["images"].format(*splits))
     masks = folder.find_masks(root / entry["masks"].format(*splits), images)
-    names, lists = list(images), entry["names"]
+    names, lists, values = list(images), entry["names"], entry.get("values")
+    if name == "coco-stuff":  # raw maps, or maps converted for training, whichever cover more
+        end = "_labelTrainIds"
+        files = folder.files_by_stem(root / entry["masks"].format(*splits), (".png",))
+        converted = {stem.removesuffix(end): files[stem] for stem in files if stem.endswith(end)}
+        masks = max(converted, files, key=lambda kind: len(images.keys() & kind.keys()))
+        values = range(171) if masks is converted else values
     if name == "folder" and not (root / "train.txt").exists() and not (root / "val.txt").exists():
         names, lists = folder.split_images(names, split), None
         notes.append(f"no train.txt and val.txt: {len(names)} of {len(images)} images, by name")
@@ -99,8 +106,10 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
     if split == "train" and entry.get("more_names"):
         more = [root / file for file in entry["more_names"] if (root / file).exists()]
         if more and (root / entry["more_masks"]).exists():
-            names = list(dict.fromkeys(names + folder.read_list(more[0])))
-            masks |= folder.files_by_stem(root / entry["more_masks"], (".png",))
+            more_masks = folder.files_by_stem(root / entry["more_masks"], (".png",))
+            added = [stem for stem in folder.read_list(more[0]) if stem not in names]
+            names = names + added  # those of train.txt keep VOC's own masks
+            masks |= {stem: more_masks[stem] for stem in added if stem in more_masks}
         else:
             notes.append(f"no {entry['more_masks'] if more else 'trainaug.txt or aug.txt'}: "
                          f"training on train.txt alone ({len(names):,} images)")
@@ -120,9 +129,7 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
     if name == "folder":
         class_names, unseen, mapping = folder.read_classes(root / "classes.txt")
     else:
-        class_names, values = entry["class_names"], entry["values"]
-        if masks[names[0]].stem.endswith("_labelTrainIds"):  # COCO-Stuff, converted for training
-            values = range(len(class_names))
+        class_names = entry["class_names"]
         unseen = tuple(map(class_names.index, entry["unseen"]))
         mapping = np.full(256, folder.NO_CLASS, np.uint8)
         mapping[list(values)] = range(len(values))
@@ -143,20 +150,19 @@ def with_unseen(dataset: Dataset, names: str) -> Dataset:
 
 
 def seen_classes(dataset: Dataset) -> Dataset:
-    """Paper Sec. 4.3, inductive setting: the data set without its unseen classes.
-    Their pixels become IGNORE and the others count from 0. Raises ValueError if there are none."""
+    """Paper Sec. 4.3, inductive setting: the data set without its unseen classes. To training
+    their pixels are IGNORE, and the others count from 0. Raises ValueError if there are none."""
     seen = [i for i in range(len(dataset.class_names)) if i not in dataset.unseen]
     if not seen:
         raise ValueError(f"{dataset.name}: every class is unseen; inductive training needs others")
-    table = np.full(256, IGNORE, np.uint8)
-    table[seen] = np.arange(len(seen))
-    table[folder.NO_CLASS] = folder.NO_CLASS
+    shown = np.full(256, IGNORE, np.uint8)
+    shown[seen] = np.arange(len(seen))
     return replace(dataset, class_names=tuple(dataset.class_names[i] for i in seen), unseen=(),
-                   mapping=table[dataset.mapping])
+                   shown=shown)
 
 
 def read_pair(dataset: Dataset, index: int) -> tuple[Image.Image, np.ndarray]:
-    """Paper Sec. 4.1: an image and its label, (H, W) uint8 class numbers and IGNORE.
+    """Paper Sec. 4.1: an image and its whole annotation, (H, W) uint8 class numbers and IGNORE.
     Raises ValueError for a file that cannot be used, sizes that differ, or a value of no class."""
     image_path, mask_path = dataset.pairs[index]
     image = read_image(image_path, has_mask=True)
@@ -168,7 +174,8 @@ def read_pair(dataset: Dataset, index: int) -> tuple[Image.Image, np.ndarray]:
     unknown, counts = np.unique(values[label == folder.NO_CLASS], return_counts=True)
     if len(unknown):
         value = folder.value_text(unknown[counts.argmax()], len(dataset.mapping))
-        what = (f"in classes.txt; write `{value} = NAME`, or `{value} = -` to ignore it"
+        what = (f"in classes.txt; give every line there its value, as in `0 = road`, and add "
+                f"`{value} = NAME`, or `{value} = -` to ignore it"
                 if dataset.name == "folder" else
                 f"a class of {dataset.name}; correct the mask (255 where no class fits)")
         raise ValueError(f"{mask_path}: {value} ({counts.max() / values.size:.2%} of the pixels) "
@@ -224,14 +231,16 @@ class TrainSet(torch.utils.data.Dataset):
         width, height = fit_size(image.size, int(4 * crop * factor), int(crop * factor))
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         label = Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST)
-        # Crop: retry up to 10 times while one class covers more than 75 % of the labelled pixels.
+        # Crop: retry up to 10 times until no class covers 75 % of the labelled pixels. The rule
+        # counts the whole annotation; what training is not told is hidden after it.
         for _ in range(1 + 10):
             x, y = rng.integers(max(width - crop, 0) + 1), rng.integers(max(height - crop, 0) + 1)
             box = (x, y, min(x + crop, width), min(y + crop, height))
             counts = label.crop(box).histogram()[:IGNORE]
-            if 0 < max(counts) <= 0.75 * sum(counts):
+            if max(counts) < 0.75 * sum(counts):
                 break
-        image, label = image.crop(box), label.crop(box)
+        image = image.crop(box)
+        label = Image.fromarray(self.dataset.shown[np.array(label.crop(box))])
         # Flip.
         if rng.random() < 0.5:
             image, label = ImageOps.mirror(image), ImageOps.mirror(label)
@@ -284,8 +293,9 @@ def leave_signals(worker: int) -> None:
 
 
 def test_image(image: Image.Image, short_side: int) -> Tensor:
-    """Released code: an image scaled to fit 4·short_side x short_side, (3, h, w) float32."""
-    size = fit_size(image.size, 4 * short_side, short_side)
+    """Released code: an image whose shorter side is scaled to short_side, (3, h, w) float32."""
+    scale = short_side / min(image.size)
+    size = [int(side * scale + 0.5) for side in image.size]
     return normalise(np.array(image.resize(size, Image.Resampling.BILINEAR)))
 
 
@@ -313,7 +323,9 @@ def main() -> None:
     if args.dataset != "toy" and not args.data_root:
         raise ValueError(f"--data-root: give the folder of {args.dataset}")
     dataset = open_dataset(args.dataset, args.data_root or toy.default_world(), "train")
-    samples = TrainSet(dataset, toy.SIZE if args.dataset == "toy" else 512, seed=0)
+    dataset = seen_classes(dataset)
+    samples = (TrainSet(dataset, toy.SIZE, 0, scale=(1, 1), colours=False)  # train.py's preset
+               if args.dataset == "toy" else TrainSet(dataset, 512, 0))
     (batch,) = GlobalBatches(len(samples), batch_size=12, iterations=1, seed=0)
     tiles = []
     for pixels, label in map(samples.__getitem__, batch):
@@ -321,7 +333,8 @@ def main() -> None:
         tiles.append(draw.label_image(Image.fromarray(pixels.round().byte().numpy()),
                                       label.byte().numpy(), dataset.class_names, dataset.unseen))
     save_image(draw.grid([tiles[:4], tiles[4:8], tiles[8:]]), args.out)
-    print(f"{args.out}: samples of {len(samples):,} training images", dataset.note)
+    print(f"{args.out}: what inductive training sees of 12 of {len(samples):,} images; pixels of "
+          f"unseen classes are left as they are", dataset.note)
 
 
 if __name__ == "__main__":

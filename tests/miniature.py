@@ -5,8 +5,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from util.class_names import COCO_STUFF
-
 
 def picture(path: Path, size: tuple[int, int] = (60, 40), seed: int = 0) -> None:
     """Write a smooth random image in the format of its suffix."""
@@ -52,7 +50,8 @@ def context(root: Path) -> Path:
 
 def coco(root: Path, converted: bool = False) -> Path:
     """One image in each split, with every value of a mask, as published or as converted."""
-    values = range(171) if converted else COCO_STUFF["values"]
+    unused = () if converted else (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+    values = [value for value in range(171 if converted else 182) if value not in unused]
     for split in ("train2017", "val2017"):
         picture(root / "images" / split / "1.jpg")
         file = f"1{'_labelTrainIds' * converted}.png"

@@ -12,12 +12,23 @@ from PIL import Image
 
 import data
 from tools import check_data, convert_context
-from util.class_names import CONTEXT
 from util.folder import NO_CLASS, split_images
 from util.images import IGNORE, MEAN, STD, fit_size, normalise, read_image, read_mask
 
 IMAGE, TURNED = Image.new("RGB", (60, 40)), Image.Exif()
 TURNED[0x0112] = 3  # orientation: upside down
+ONE_SENTENCE = ("a photo of a {}",)  # of VOC, without a full stop
+FIFTEEN_SENTENCES = (
+    "a photo of a {}.", "a photo of a small {}.", "a photo of a medium {}.",
+    "a photo of a large {}.", "This is a photo of a {}.", "This is a photo of a small {}.",
+    "This is a photo of a medium {}.", "This is a photo of a large {}.", "a {} in the scene.",
+    "a photo of a {} in the scene.", "There is a {} in the scene.", "There is the {} in the scene.",
+    "This is a {} in the scene.", "This is the {} in the scene.", "This is one {} in the scene.")
+CONTEXT_59 = """aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus
+    cabinet car cat ceiling chair cloth computer cow cup curtain dog door fence floor flower food
+    grass ground horse keyboard light motorbike mountain mouse person plate platform pottedplant
+    road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck tvmonitor wall
+    water window wood""".split()
 
 
 def open_miniature(name, root, split="train"):
@@ -43,17 +54,18 @@ def classes_shown(pixels):
 
 
 @pytest.mark.parametrize("name, label, number, unseen, templates", [
-    ("voc", [255, 0, 19, 255, 16], 20, {15, 16, 17, 18, 19}, 1),
-    ("toy", [255, 0, 19, 255, 16], 20, {2, 4, 8, 11, 19}, 1),
-    ("context", [0, 1, 59], 60, {1, 7, 8, 15, 20, 25, 32, 34, 49, 55}, 15),
-    ("context59", [255, 0, 58], 59, {0, 6, 7, 14, 19, 24, 31, 33, 48, 54}, 15),
+    ("voc", [255, 0, 19, 255, 16], 20, {15, 16, 17, 18, 19}, ONE_SENTENCE),
+    ("toy", [255, 0, 19, 255, 16], 20, {2, 4, 8, 11, 19}, ONE_SENTENCE),
+    ("context", [0, 1, 59], 60, {1, 7, 8, 15, 20, 25, 32, 34, 49, 55}, FIFTEEN_SENTENCES),
+    ("context59", [255, 0, 58], 59, {0, 6, 7, 14, 19, 24, 31, 33, 48, 54}, FIFTEEN_SENTENCES),
     ("coco-stuff", [0, 12, 24, 36, 48], 171,
-     {19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160}, 15),
-    ("ade20k", [255, 0, 149], 150, set(), 15), ("folder", [0, 1, 2, 255], 3, {2}, 15)])
+     {19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160}, FIFTEEN_SENTENCES),
+    ("ade20k", [255, 0, 149], 150, set(), FIFTEEN_SENTENCES),
+    ("folder", [0, 1, 2, 255], 3, {2}, FIFTEEN_SENTENCES)])
 def test_labels_count_the_papers_classes(tmp_path, name, label, number, unseen, templates):
     dataset = open_miniature(name, tmp_path, "val")
     assert len(set(dataset.class_names)) == number and set(dataset.unseen) == unseen
-    assert len({template.format("NAME") for template in dataset.templates}) == templates
+    assert dataset.templates == templates
     image, target, index = data.TestSet(dataset, 80)[0]
     assert target[0, ::60 // len(label)].tolist() == label and target.shape == (40, 60)
     assert (image.shape, image.dtype, index) == ((3, 80, 120), torch.float32, 0)
@@ -66,8 +78,25 @@ def test_raw_and_converted_coco_maps_give_the_same_labels(tmp_path):
     assert np.unique(pairs[0][1]).tolist() == [*range(171), 255]
 
 
+def test_of_raw_and_converted_coco_maps_side_by_side_the_kind_that_covers_more_is_read(tmp_path):
+    for converted in (False, True):
+        miniature.coco(tmp_path, converted)
+    masks, label = tmp_path / "annotations/val2017", []
+    for only in (None, "2.png", "2_labelTrainIds.png"):  # a second image that has only this map
+        if only:
+            miniature.picture(tmp_path / "images/val2017/2.jpg")
+            for file in masks.glob("2*"):
+                file.unlink()
+            (masks / only).write_bytes((masks / f"1{only[1:]}").read_bytes())
+        dataset = data.open_dataset("coco-stuff", tmp_path, "val")
+        assert {mask.name[1:] for _, mask in dataset.pairs} == {(only or "1_labelTrainIds.png")[1:]}
+        label.append(data.read_pair(dataset, 0)[1])
+    assert np.array_equal(label[0], label[1]) and np.array_equal(label[0], label[2])
+
+
 def test_contexts_matlab_files_are_reduced_to_59_classes_and_background(tmp_path, monkeypatch):
-    names = ["thing", *CONTEXT["class_names"][:0:-1]]  # numbers 1 to 60
+    assert data.DATASETS["context"]["class_names"] == ("background", *CONTEXT_59)
+    names = ["thing", *CONTEXT_59[::-1]]  # numbers 1 to 60
     (tmp_path / "labels.txt").write_text("".join(f"{i}: {a}\n" for i, a in enumerate(names, 1)))
     # scipy.io.savemat: LabelMap = [[1, 2, 459, 2], [300, 3, 1, 60], [60, 1, 2, 400]], compressed
     (tmp_path / "a.mat").write_bytes(bytes(128) + bytes.fromhex(
@@ -83,10 +112,10 @@ def test_contexts_matlab_files_are_reduced_to_59_classes_and_background(tmp_path
     assert (tmp_path / "ImageSets/SegmentationContext/val.txt").read_text() == "a"
 
 
-def test_voc_trains_on_the_augmented_set_and_is_tested_with_the_published_masks(tmp_path):
+def test_voc_trains_on_added_images_with_their_masks_and_on_the_others_with_its_own(tmp_path):
     train, val = open_miniature("voc", tmp_path), data.open_dataset("voc", tmp_path, "val")
     assert stems(train) == ["a", "b", "extra"] and train.note == ""
-    assert [mask.parent.name[17:] for _, mask in train.pairs + val.pairs] == ["Aug"] * 3 + [""]
+    assert [mask.parent.name[17:] for _, mask in train.pairs + val.pairs] == ["", "", "Aug", ""]
     lists = tmp_path / "ImageSets" / "Segmentation"
     (lists / "aug.txt").rename(lists / "trainaug.txt")
     assert data.open_dataset("voc", tmp_path, "train").pairs == train.pairs
@@ -141,7 +170,7 @@ def test_masks_in_colours_and_sub_folders_with_a_suffix_that_all_share(tmp_path)
     dataset = data.open_dataset("folder", tmp_path, "train")
     assert dataset.class_names == ("road", "car", "walker") and dataset.unseen == (2,)
     assert data.read_pair(dataset, 1)[1][0, ::15].tolist() == [255, 0, 1, 2]
-    assert data.read_pair(data.seen_classes(dataset), 1)[1][0, ::15].tolist() == [255, 0, 1, 255]
+    assert data.seen_classes(dataset).shown[[255, 0, 1, 2]].tolist() == [255, 0, 1, 255]
     miniature.picture(tmp_path / "images/a_L.png"), (tmp_path / "masks/seq").rename(tmp_path / "b")
     with pytest.raises(FileNotFoundError, match="no file for 'a', but .*a_L.png .2 of 2 "):
         data.open_dataset("folder", tmp_path, "train")
@@ -153,6 +182,9 @@ def test_class_list_says_what_each_value_becomes(tmp_path):
     dataset = data.open_dataset("folder", tmp_path, "train")
     assert dataset.class_names == ("fence", "road") and dataset.unseen == (0,)
     assert dataset.mapping[[0, 1, 2, 3, 11, 255]].tolist() == [1, 1, 0, NO_CLASS, 255, 255]
+    miniature.mask(dataset.pairs[0][1], [0, 3])
+    with pytest.raises(ValueError, match="3 .50.00% of the pixels. is not in classes.txt"):
+        data.TrainSet(data.seen_classes(dataset), 64, seed=0)[0, 0]  # inductive training, too
 
 
 def test_other_unseen_classes_are_chosen_by_name(tmp_path):
@@ -201,12 +233,32 @@ def test_image_and_label_are_scaled_together_by_half_to_two_from_the_size_that_f
     assert 40 <= min(heights) < 44 and max(heights) == 80
 
 
-def test_crops_are_retried_while_one_class_covers_75_percent_of_the_labelled_pixels(tmp_path):
+def test_a_test_image_has_the_short_side_asked_for_however_long_it_is():
+    for size in ((500, 120), (120, 500), (100, 100)):
+        assert min(data.test_image(Image.new("RGB", size), 512).shape[1:]) == 512
+    assert data.test_image(Image.new("RGB", (500, 120)), 512).shape == (3, 512, 2133)
+
+
+def test_crops_are_retried_until_no_class_covers_75_percent_of_the_labelled_pixels(tmp_path):
     label = np.zeros((100, 200))
     label[:, 90:110], label[:, ::2] = 1, 255
     samples = grey_samples(tmp_path, label, 100, scale=(2, 2))
     counts = [torch.bincount(samples[epoch, 0][1].flatten())[:255] for epoch in range(40)]
-    assert sum(c.max().item() <= 0.75 * c.sum().item() for c in counts) > 36  # one try: 12
+    assert sum(c.max().item() < 0.75 * c.sum().item() for c in counts) > 36  # one try: 12
+    label = np.array([[0, 0, 0, 1, 1]]).repeat(4, 0)  # two crops: 75 % and 50 % of class 0
+    samples = grey_samples(tmp_path, label, 4, scale=(1, 1))
+    assert all((samples[epoch, 0][1] == 1).sum() == 8 for epoch in range(20))
+
+
+def test_the_crop_rule_counts_unseen_pixels_which_are_hidden_after_it(tmp_path):
+    label = np.full((100, 200), 2)  # class 2 is unseen; class 0 covers the left half
+    label[:, :100] = 0
+    samples = grey_samples(tmp_path, label, 100, scale=(2, 2))
+    samples.dataset = data.seen_classes(samples.dataset)
+    targets = [samples[epoch, 0][1] for epoch in range(40)]
+    shares = [(target == 0).float().mean().item() for target in targets]
+    assert all(set(target.unique().tolist()) <= {0, 255} for target in targets)
+    assert sum(0.25 < share < 0.75 for share in shares) > 28  # one try: 7
 
 
 def test_brightness_contrast_saturation_and_hue_change_half_the_time_within_their_ranges():
@@ -266,7 +318,7 @@ def write(file, text):
     (lambda root: miniature.picture(root / "images/one.png"), "one.jpg has the same name"),
     (lambda root: (root / "images/one.jpg").write_bytes(b"\xff\xd8"), "one.jpg: cannot be read"),
     (lambda root: IMAGE.save(root / "images/one.jpg", exif=TURNED), "EXIF orientation turns"),
-    (lambda root: IMAGE.save(root / "masks/one.png"), "index must be the class number"),
+    (lambda root: IMAGE.save(root / "masks/one.png"), "index is the class number"),
     (lambda root: Image.new("I;16", (60, 40), 300).save(root / "masks/one.png"), "above 255"),
     (lambda root: miniature.mask(root / "masks/one.png", [0, 1, 2, 9]), "one.png: 9 (25.00% of"),
     (lambda root: miniature.mask(root / "masks/one.png", [0], (61, 40)), "its image has 60x40"),
@@ -315,6 +367,12 @@ def test_data_py_draws_a_sheet_of_training_samples(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", "--dataset=folder", "--data-root=."])
     data.main()
     assert Image.open("samples.png").width > 1000
+
+
+def test_images_are_normalised_as_imagenets_are_in_the_order_red_green_blue():
+    red, green, blue = normalise(np.uint8([[[255, 0, 128]]])).flatten().tolist()
+    assert red == pytest.approx((255 - 123.675) / 58.395)
+    assert (green, blue) == pytest.approx(((0 - 116.28) / 57.12, (128 - 103.53) / 57.375))
 
 
 def test_images_are_read_upright_on_white_and_in_8_bits(tmp_path):

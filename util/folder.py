@@ -39,7 +39,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[int, ...], np.ndarr
         kinds.add(len(parts))
         for wrong, what in (
                 ("=" in name or max([0, *parts]) > 255, "write `4 = fence` or `128,64,0 = fence`"),
-                (len(kinds) > 1, "give every line a value, or none (see check_data --suggest)"),
+                (len(kinds) > 1, "give every line a value, or none"),
                 (name in ("", "?"), "no class name; write one, or - to ignore these pixels"),
                 (value in classes or name in names and not parts, f"'{written or name}' again"),
                 (parts == [IGNORE] and name != "-", "255 means no class; 255,255,255 may be one")):

@@ -64,8 +64,9 @@ def read_mask(path: str | Path) -> np.ndarray:
     mask, layout = _open(Path(path), ("PNG",))
     if mask.mode not in ("1", "L", "P", "I", "I;16"):
         raise ValueError(f"{path}: holds colours ({mask.mode}), not class numbers; write them into "
-                         "classes.txt (`python -m tools.check_data --suggest` prints them) or save "
-                         "a PNG whose palette index must be the class number (not quantize()'s)")
+                         "classes.txt (`python -m tools.check_data --dataset folder --data-root "
+                         "FOLDER --suggest` prints them) or save a PNG whose palette index is the "
+                         "class number (quantize() makes up its own)")
     values = np.asarray(mask)  # (H, W)
     if values.max() > IGNORE:
         raise ValueError(f"{path}: value {values.max()} is above 255; save one class number per "
