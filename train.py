@@ -31,7 +31,8 @@ from eval import (LOWER, MaskCLIP, class_table, evaluate, method_name, mistakes_
 from model import CLIPRC, RECOVERY_LOSSES, count_pairs, pseudo_labels
 from util import flags, toy
 from util.checkpoint import checkpoint_clip, read_checkpoint, require_same, save_checkpoint
-from util.clip_files import TOY_CLIP, clip_digest, clip_file, encode_text, load_clip
+from util.clip_files import (CLIP_FILES, TOY_CLIP, clip_digest, clip_file, encode_text,
+                             load_clip)
 from util.flags import COUNT, POSITIVE, REAL, flag
 from util.images import save_image
 from util.processes import (PRECISIONS, Progress, any_process, autocast, average_gradients, cores,
@@ -267,7 +268,8 @@ def train(s: Settings) -> dict | None:
 
     def save(name: str, step: int) -> None:
         weights = {name: parameter.detach() for name, parameter in trained.items()}
-        save_checkpoint(out / name, model.settings, weights, run=asdict(s), clip=str(clip_path),
+        save_checkpoint(out / name, model.settings, weights, run=asdict(s),
+                        clip=s.clip if s.clip in CLIP_FILES else str(clip_path),
                         text=text.cpu(), step=step, optimizer=optimizer.state_dict(), **origin)
 
     def test(network: nn.Module, lower: float = lower) -> Tensor:

@@ -7,7 +7,8 @@ from conftest import make_clip, openai_state, write_clip
 
 from model import CLIPRC, model_from_checkpoint
 from tools import convert
-from util.checkpoint import encode_names, read_checkpoint, save_checkpoint
+from util import clip_files
+from util.checkpoint import checkpoint_clip, encode_names, read_checkpoint, save_checkpoint
 from util.clip_files import clip_digest, encode_text, file_sha256, load_clip
 
 OLD_NAMES = {"region_tokens": "regions", "zegclip.blocks": "decoder", "zegclip.": "",
@@ -61,6 +62,23 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.parametrize("recorded", ["ViT-B/16", "/home/alice/.cache/clip/ViT-B-16.pt"])
+def test_a_checkpoint_finds_a_published_clip_in_anyones_cache_and_downloads_nothing(
+        recorded, clip_path, tmp_path, monkeypatch):
+    served = tmp_path / file_sha256(clip_path) / "ViT-B-16.pt"
+    served.parent.mkdir()
+    served.write_bytes(clip_path.read_bytes())
+    monkeypatch.setattr(clip_files, "CLIP_URL", tmp_path.as_uri())
+    monkeypatch.setitem(clip_files.CLIP_FILES, "ViT-B/16", served.parent.name)
+    monkeypatch.setattr(clip_files.Path, "home", lambda: tmp_path)
+    checkpoint = {"clip": recorded, "clip_digest": clip_digest(load_clip(clip_path)), "weights": {}}
+    with pytest.raises(FileNotFoundError, match="^last.pt was trained on.*this machine.*--clip"):
+        checkpoint_clip(checkpoint, "last.pt")
+    assert not (tmp_path / ".cache").exists()
+    load_clip("ViT-B/16")  # now it is in this user's cache
+    assert clip_digest(checkpoint_clip(checkpoint, "last.pt")) == checkpoint["clip_digest"]
+
+
 @pytest.mark.parametrize("content", [{"weight": 1}, [1, 2], {"format": "clip-rc 0", "weights": {}}])
 def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "bad.pt")
@@ -89,6 +107,9 @@ def test_only_the_clip_of_the_training_encodes_other_names(kind, clip_path, tmp_
         torch.save(openai_state(other), tmp_path / "other.pt")
         with pytest.raises(ValueError, match="last.pt was trained on another CLIP"):
             encode_names(checkpoint, "last.pt", ["dog", "tram"], ["a {}"], tmp_path / "other.pt")
+        with pytest.raises(ValueError, match="last.pt was trained on another CLIP"):
+            now_there = {"clip": str(tmp_path / "other.pt")}  # where the training's file was
+            encode_names(checkpoint | now_there, "last.pt", ["dog", "tram"], ["a {}"])
 
 
 def test_the_same_clip_in_another_form_continues_a_run(tmp_path):

@@ -255,7 +255,7 @@ def test_a_published_file_that_was_altered_is_refused(home):
 
 @pytest.mark.parametrize("name", ["RN50", "missing.pt"])
 def test_a_clip_that_is_neither_published_nor_a_file_is_refused(name):
-    with pytest.raises(ValueError, match=f"--clip {name}: no such file.*ViT-B/16"):
+    with pytest.raises(FileNotFoundError, match=f"--clip {name}: no such file.*ViT-B/16"):
         clip_file(name)
 
 

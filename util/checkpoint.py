@@ -81,10 +81,19 @@ def todays_name(name: str) -> str:
 
 def checkpoint_clip(checkpoint: dict, path: str | Path,
                     clip_name_or_path: str | Path | None = None) -> nn.Module:
-    """The CLIP that a checkpoint was trained on, by default the file that it was trained with.
-    Raises ValueError for another CLIP. Older checkpoints know it by its file's SHA-256. A converted
-    one does not know it (in the paper ViT-B/16), so the patch convolutions are compared."""
-    file = clip_files.clip_file(clip_name_or_path or checkpoint.get("clip", "ViT-B/16"))
+    """The CLIP that a checkpoint was trained on: clip_name_or_path, or the one that it records, if
+    this machine has it (nothing is downloaded then). Raises ValueError for another CLIP. Older
+    checkpoints know it by its file's SHA-256. A converted one does not know it (in the paper
+    ViT-B/16), so the patch convolutions are compared."""
+    recorded = checkpoint.get("clip", "ViT-B/16")
+    try:
+        file = clip_files.clip_file(clip_name_or_path or recorded, download=bool(clip_name_or_path))
+    except FileNotFoundError:
+        if clip_name_or_path:
+            raise
+        raise FileNotFoundError(
+            f"{path} was trained on the CLIP {recorded}, which this machine does not have; give "
+            "its file, --clip FILE (--clip ViT-B/16 downloads OpenAI's)") from None
     clip_model = clip_files.load_clip(file)
     if checkpoint.get("clip_digest"):
         same = checkpoint["clip_digest"] == clip_files.clip_digest(clip_model)

@@ -51,20 +51,28 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def clip_file(name_or_path: str | Path) -> Path:
+def clip_file(name_or_path: str | Path, download: bool = True) -> Path:
     """The path of a CLIP's file or folder. A published name is downloaded once, to ~/.cache/clip.
-    Raises ValueError for a name that is neither published nor a file, and for a wrong SHA-256."""
+    download: False for what a checkpoint says, which may be where another machine has the file.
+    Raises FileNotFoundError for a name that is neither published nor a file, ValueError for a wrong
+    SHA-256."""
     path = Path(name_or_path)
     if path.exists():
         return path
     if path.name == TOY_CLIP.name:  # a checkpoint records where the shipped file was in training
         return TOY_CLIP
+    file_names = {re.sub("[/@]", "-", name) + ".pt": name for name in CLIP_FILES}
+    if not download:
+        name_or_path = file_names.get(path.name, name_or_path)
     if name_or_path not in CLIP_FILES:
-        raise ValueError(f"--clip {name_or_path}: no such file, nor one of {', '.join(CLIP_FILES)}")
+        raise FileNotFoundError(f"--clip {name_or_path}: no such file, nor one of "
+                                f"{', '.join(CLIP_FILES)}")
     sha256, file_name = CLIP_FILES[name_or_path], re.sub("[/@]", "-", name_or_path) + ".pt"
     url = f"{CLIP_URL}/{sha256}/{file_name}"
     path = Path.home() / ".cache" / "clip" / file_name  # OpenAI's own package keeps it there too
     if not path.exists():
+        if not download:
+            raise FileNotFoundError(f"{path}: no such file")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:  # PyTorch writes a temporary file, checks its SHA-256, then renames it
             with open(path.with_suffix(".lock"), "w") as lock:
