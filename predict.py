@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import data
-from eval import LOWER, region_classes, slide_inference, untrained_encoder
+from eval import LOWER, THRESHOLDS, region_classes, slide_inference, untrained_encoder
 from model import model_from_checkpoint
 from util import draw, toy
 from util.checkpoint import TOY_MODEL, encode_names, read_checkpoint
@@ -80,7 +80,8 @@ class Segmenter:
     know which had masks in training: put a * before those that had none. After inductive training
     the scores of words with masks are lowered by 0.1, as in evaluation, if there are both kinds.
     clip, precision: None for the training's. threshold: a pixel whose best score is below it gets
-    no label. Raises ValueError or FileNotFoundError if these do not fit together."""
+    no label; 0 for none; by default 0.1 for the toy world, whose floor has no name, else 0.
+    Raises ValueError or FileNotFoundError if these do not fit together."""
 
     def __init__(self, checkpoint: str | Path, class_names: Sequence[str] | None = None, *,
                  clip: str | None = None, device: str = "auto", precision: str | None = None,
@@ -103,7 +104,9 @@ class Segmenter:
         self.seen = [i for i in range(len(words)) if i not in self.unseen]
         inductive = run.get("setting", "inductive") == "inductive"
         self.lower = LOWER if inductive and self.seen and self.unseen else 0.0
-        self.crop, self.threshold = run.get("crop_size", 512), threshold
+        self.crop = run.get("crop_size", 512)
+        default = THRESHOLDS.get(run.get("dataset"), 0.0)
+        self.threshold = default if threshold is None else threshold
         self.precision = precision or run.get("precision", "tf32")
         self.toy_clip = Path(clip or saved.get("clip", "")).name == TOY_CLIP.name
 
@@ -147,7 +150,7 @@ def rgb_image(image: AnyImage) -> Image.Image:
 
 
 def label_map(scores: Tensor, size: tuple[int, int],
-              threshold: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+              threshold: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """The best class of each pixel, 255 below the threshold, and its score: both (H, W).
 
     Resizes the scores (C, h, w) one by one: together those of a large image would take gigabytes.
@@ -158,7 +161,7 @@ def label_map(scores: Tensor, size: tuple[int, int],
         score = F.interpolate(score[None, None], size, mode="bilinear")[0, 0]  # (H, W)
         labels[score > best] = c
         best = torch.maximum(best, score)
-    if threshold is not None:
+    if threshold:  # lowered scores may be below 0
         labels[best < threshold] = IGNORE
     return labels.cpu().numpy(), best.cpu().numpy()
 
@@ -196,7 +199,8 @@ def main() -> None:
         "nothing is overwritten: a second street.png becomes street-2.png")
     add("--save", action="store_true", help="also write NAME_labels.png: numbers from 0, 255 none")
     add("--regions", action="store_true", help="also write NAME_regions.png (Fig. 2)")
-    add("--threshold", type=float, help="leave pixels unlabelled that score less (0 to 1)")
+    add("--threshold", type=float, help="leave pixels unlabelled that score less (0 to 1; default: "
+        "0.1 for a model of the toy world, whose floor has no name, else 0)")
     add("--clip", metavar="FILE", help="CLIP's file, folder or name; default: the training's")
     add("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     add("--precision", choices=PRECISIONS, help="default: the training's")
@@ -208,13 +212,14 @@ def main() -> None:
         scene, _ = toy.draw_scene(np.random.default_rng(4), [toy.CLASSES[i] for i in (11, 16, 4)])
         args.files = [args.out / "photos" / "toy_scene.png"]
         save_image(Image.fromarray(scene), args.files[0])
-        args.threshold = 0.1 if args.threshold is None else args.threshold  # the floor is no class
     photos, failed = find_photos(args.files), []
     segmenter = Segmenter(checkpoint, args.classes, clip=args.clip, device=args.device,
                           precision=args.precision, threshold=args.threshold)
     if segmenter.toy_clip and own:
         print("note: the toy world's CLIP knows only rugs, such as 'striped blue rug'; what it "
               "says of anything else means nothing")
+    if segmenter.threshold:
+        print(f"pixels that score less than {segmenter.threshold:g} have no label (--threshold)")
     for path in Progress(photos, "labelling") if len(photos) > 1 else photos:
         try:
             image = read_image(path)

@@ -9,13 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_clip, recorded, refused, run
+from PIL import Image
 
 import data
+import eval
 from eval import (MaskCLIP, class_iou, class_table, confusion_matrix, evaluate, method_name,
                   mistakes_line, paper_table, slide_inference, untrained_encoder, window_corners,
                   zero_shot_metrics)
 from model import CLIPRC
 from tools.convert import from_released
+from util import draw, toy
+from util.checkpoint import TOY_MODEL
 from util.clip_files import TOY_CLIP
 
 
@@ -167,9 +171,58 @@ def test_every_labelled_pixel_of_every_image_counts(tmp_path):
     assert confusion.sum(1).tolist() == [(labels == c).sum() for c in (0, 1)]
 
 
+def test_labels_are_the_best_of_the_resized_scores_and_each_image_has_a_file(tmp_path):
+    torch.manual_seed(0)
+    for seed, file in enumerate(("b.png", "seq/b.png")):
+        miniature.picture(tmp_path / "images" / file, seed=seed)
+        miniature.mask(tmp_path / "masks" / file, [0, 1, 2])
+    (tmp_path / "classes.txt").write_text("road\ncar\ntree")
+    (tmp_path / "val.txt").write_text("b\nseq/b")
+    dataset = data.open_dataset("folder", tmp_path, "val")
+    network, text = MaskCLIP(make_clip().visual), torch.randn(3, 32)
+    evaluate(network, dataset, text, 64, 53, 0.0, [], save=tmp_path / "saved")
+    for image, label, index in data.TestSet(dataset, 64):
+        scores = slide_inference(network, image, text, 64, 53)
+        labels = F.interpolate(scores[None], label.shape, mode="bilinear")[0].argmax(0)
+        saved = Image.open(tmp_path / "saved" / ("b.png", "seq/b.png")[index])
+        assert np.array_equal(saved, labels)
+
+
+def test_the_shipped_model_finds_unseen_classes_by_their_names(tmp_path):
+    toy.draw_world(tmp_path / "world", train=1, val=30)
+    for names, least, most in (("own", 60, 100), ("permuted", 0, 5), ("random", 0, 5)):
+        result = run(TOY_MODEL, "--data-root", tmp_path / "world", "--workers", "0",
+                     "--unseen-names", names, program="eval.py")
+        mIoU_U = re.search(r"^CLIP-RC .* ([\d.]+)$", result.stdout, re.M)[1]
+        assert least <= float(mIoU_U) < most, result.stdout
+
+
 def test_windows_that_leave_gaps_are_refused():
     flags = ("--untrained", "--dataset", "toy", "--stride", "65")
     assert "--stride 65" in refused(*flags, program="eval.py")
+
+
+@pytest.mark.parametrize("name, none", [("toy", 255), ("voc", 0)])
+def test_images_show_every_pixels_class_from_a_threshold_that_they_name(
+        name, none, tmp_path, monkeypatch):
+    miniature.picture(tmp_path / "a.png")
+    miniature.mask(tmp_path / "a_mask.png", [255, 0, 0, 255])
+    dataset = data.Dataset(name, ("road", "car"), (), ("a {}",), [
+        (tmp_path / "a.png", tmp_path / "a_mask.png")], np.arange(256, dtype=np.uint8))
+    scores = torch.tensor([[0.5, 0.5, 0.05, 0.05], [0.4, 0.4, 0.01, 0.01]])  # road wins everywhere
+    scores = scores.repeat_interleave(15, 1)[:, None].expand(2, 40, 60)
+    painted, headers, scored = [], [], []
+    monkeypatch.setattr(eval, "slide_inference", lambda *_: scores)
+    monkeypatch.setattr(draw, "label_image", lambda _, label, *more: painted.append(label))
+    monkeypatch.setattr(draw, "right_and_wrong", lambda _, *found: scored.append(found))
+    monkeypatch.setattr(draw, "grid", lambda rows, names, *_: headers.append(names))
+    network = CLIPRC(make_clip().visual, regions=0, ram=False, rdl=False)
+    eval.result_images(network, (MaskCLIP(network.encoder.visual), None), dataset,
+                       torch.randn(2, 32), 64, 53, 0.0, ())
+    truth, baseline, ours = (label[0, ::15].tolist() for label in painted)
+    assert truth == [255, 0, 0, 255] and baseline == [0] * 4 and ours == [0, 0, none, none]
+    assert headers[0][3] == "ZegCLIP" + " above 0.1" * (name == "toy")
+    assert [array[0, ::15].tolist() for array in scored[0][:2]] == [[0] * 4, truth]
 
 
 @pytest.mark.parametrize("regions, ram, name", [
@@ -185,8 +238,9 @@ def test_background_is_where_no_class_scores_enough_and_counts_among_the_seen(tm
     every, none = (run(*flags, "--background", threshold, program="eval.py").stdout
                    for threshold in ("1.0", "0.0"))
     assert len(every.split("\n\n")[0].splitlines()) >= 1 + 21
-    background = re.search(r"^  background +([\d.]+) +([\d.]+)", every, re.M)
+    background = re.search(r"^  background +([\d.]+) +([\d.]+) +([\d.]+)", every, re.M)
     assert background[2] == "100.0" and float(background[1]) > 10
+    assert background[3] == "25.0"  # of five stripes, one without a label
     assert re.search(r"^  background +0.0 +0.0", none, re.M)
 
 

@@ -134,8 +134,10 @@ def test_a_converted_checkpoint_needs_words_and_takes_stars(tmp_path, clip_path)
 
 
 def test_a_words_row_does_not_depend_on_who_encoded_it(checkpoint):
-    own, other = (Segmenter(checkpoint, words, device="cpu") for words in (None, ["cow", "bus"]))
-    assert torch.allclose(own.text[2], other.text[0], atol=1e-6)
+    own, other, turned = (Segmenter(checkpoint, words, device="cpu").text
+                          for words in (None, ["cow", "bus"], NAMES[::-1]))
+    assert torch.allclose(own[2], other[0], atol=1e-6)
+    assert torch.allclose(own.flip(0), turned, atol=1e-6)
 
 
 def test_a_wide_photo_stands_above_its_labels(checkpoint, photo, tmp_path):
@@ -209,3 +211,8 @@ def test_without_arguments_a_scene_of_the_toy_world_is_labelled(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "striped blue rug" in result.stdout and "* plain green rug" in result.stdout
     assert (tmp_path / "toy_scene.png").exists()
+    scene = tmp_path / "photos" / "toy_scene.png"
+    again = run(scene, "--out", tmp_path / "again", program="predict.py")
+    assert "score less than 0.1 have no label" in again.stdout  # one rule for scene and file
+    drawn = [(tmp_path / out / "toy_scene.png").read_bytes() for out in ("", "again")]
+    assert drawn[0] == drawn[1]
