@@ -41,8 +41,6 @@ class RegionAlignment(nn.Module):
         super().__init__()
         self.align = align
         self.image_proj = nn.Linear((len(align) + 1) * D, D)
-        # Our guess: few class names leave most of this layer at its random initial weights, and an
-        # unseen name reads them. CLIPRC's descriptor_scale can make these weights small.
         self.descriptor_proj = nn.Linear(2 * D, D)
 
     def forward(self, G: Tensor, I: Tensor, R: Tensor, T: Tensor,
@@ -136,8 +134,8 @@ def segmentation_map(I_d: Tensor, R_d: Tensor, num_regions: int) -> Tensor:
 class RecoveryDecoder(nn.Module):
     """Sec. 3.4: from the decoder's outputs back to CLIP's patches I and the descriptors R_hat.
 
-    The paper calls it "completely identical" to the decoder. The released one has one layer
-    instead of three, a linear layer before and after each branch, and another initialisation."""
+    The paper calls it "completely identical" to the decoder; Table 8 is best with one layer.
+    Released code: also a linear layer before and after each branch, and another initialisation."""
 
     def __init__(self, D: int, layers: int, dropout: float, recompute: bool) -> None:
         super().__init__()
@@ -152,7 +150,8 @@ class RecoveryDecoder(nn.Module):
 
 
 def kd_loss(recovered: Tensor, target: Tensor) -> Tensor:
-    """Table 8's KD: KL divergence of softmaxes over the features, averaged over the tokens."""
+    """Table 8's KD. Our reading, since neither the paper nor the released code defines it: the KL
+    divergence of softmaxes over the features, averaged over the tokens."""
     recovered, target = recovered.flatten(0, -2), target.flatten(0, -2)  # (tokens, D or 2D)
     return F.kl_div(recovered.log_softmax(-1), target.softmax(-1), reduction="batchmean")
 
@@ -166,7 +165,8 @@ def recovery_losses(I_r: Tensor, I: Tensor, R_r: Tensor, R_hat: Tensor,
     I_r and I (B, N, D), R_r and R_hat (B, M C, 2D). The targets I and R_hat are constants; the
     recovered side is not, and its gradient reaches the decoder and the prompts."""
     terms = distance(I_r, I.detach()), distance(R_r, R_hat.detach())  # Eq. 10
-    return {"recovery_v": terms[0], "recovery_q": terms[1]}  # released names: v is I, q is R_hat
+    # v stands for I, q for R_hat. The released names are recovery_loss_k and recovery_loss_q.
+    return {"recovery_v": terms[0], "recovery_q": terms[1]}
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -317,7 +317,9 @@ class CLIPRC(nn.Module):
             I, I_d, R_hat, R_d = features
             if self.recovery:
                 I_r, R_r = self.recovery(I_d, R_d)
-            else:  # Table 8 without layers: the decoder's outputs against I and the projected R_hat
+            # Table 8, 0 layers. Our reading: the decoder's outputs against I and the projected
+            # R_hat. Released code: keeps its four linear layers and compares with the 2D R_hat.
+            else:
                 I_r, R_r, R_hat = I_d, R_d, self.ram.descriptor_proj(R_hat)
             recovery = recovery_losses(I_r, I, R_r, R_hat.flatten(1, 2), self.distance)
         alpha_mask, alpha_dice, beta = weights

@@ -1,9 +1,10 @@
 """The region-level bridge (RLB): CLIP's encoder with region tokens (paper Sec. 3.2, Fig. 4-5).
 
 CLIP's image transformer summarises an image in one token, [CLS]. CLIP-RC adds M = m x m more
-tokens like it. Each of them sees only the patches in its own cell of an m x m grid, so it is
-CLIP's answer for a region: halfway between the whole image and a single patch. This needs no new
-layers, only an attention mask.
+tokens like it. Each attends only to the patches in its own cell of an m x m grid, so it summarises
+a region: halfway between the whole image and a single patch. (Some of the rest of the image reaches
+it, too: after the first layer these patches have read the whole image and the prompts.) This needs
+no new layers, only an attention mask.
 
     python rlb_attention.py            draws the mask of Fig. 5 (c) to region_mask.png
     python rlb_attention.py --help     other grids and other numbers of regions

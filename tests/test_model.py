@@ -155,6 +155,8 @@ def test_a_block_attends_with_eight_heads_and_normalises_after_each_residual():
     y = block.norm1(x + block.attention.out(torch.cat(heads, -1)))
     hidden = block.ffn[0](y).clamp(min=0)
     torch.testing.assert_close(block(x, memory), block.norm2(y + block.ffn[3](hidden)))
+    nothing = model.CrossBlock(16, dropout=1.0).double()  # in training: all that is added is lost
+    torch.testing.assert_close(nothing(x, memory), nothing.norm2(nothing.norm1(x)))
 
 
 def test_both_branches_read_what_the_other_was_before_the_layer():
@@ -171,7 +173,7 @@ def test_the_segmentation_is_the_mean_of_the_regions_maps():
     torch.testing.assert_close(model.segmentation_map(I_d, R_d, 4), sum(maps) / 4)
 
 
-def test_losses_are_their_definitions_class_by_class():
+def test_losses_are_their_definitions_class_by_class(monkeypatch):
     torch.manual_seed(0)
     logits = 3 * torch.randn(3, 6, 10, 12, dtype=torch.float64)
     labels = torch.randint(5, (3, 10, 12))  # class 5 is absent
@@ -191,6 +193,8 @@ def test_losses_are_their_definitions_class_by_class():
     ours = nel_losses(logits, labels)
     torch.testing.assert_close(ours, (focal / pairs, dice / pairs), check_dtype=False)
     assert nel_losses(logits, torch.full_like(labels, 255))[1] == 0  # no pair, and no division by 0
+    monkeypatch.setattr(model, "mean_over_processes", lambda own: 2 * own)  # the others have more
+    torch.testing.assert_close(nel_losses(logits, labels), (ours[0] / 2, ours[1] / 2))
 
 
 def make_network(**settings) -> CLIPRC:

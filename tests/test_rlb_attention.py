@@ -10,7 +10,7 @@ from conftest import ROOT, make_clip, run
 from PIL import Image
 
 from model import CLIPRC
-from rlb_attention import Encoder, masked_attention, region_mask
+from rlb_attention import Encoder, first_input, masked_attention, region_mask
 
 
 def drawn(rows: str) -> torch.Tensor:
@@ -141,6 +141,21 @@ def test_features_have_the_papers_shapes_and_unit_length():
             torch.testing.assert_close(feature.norm(dim=-1), torch.ones(feature.shape[:-1]))
     with pytest.raises(ValueError, match="65 x 64.*16-pixel"):
         encoder(torch.randn(1, 3, 64, 65))
+
+
+def test_clips_positions_are_stretched_over_a_grid_of_another_size():
+    visual = make_clip().visual  # its own grid is 4 x 4
+    images, none = torch.randn(2, 3, 96, 128), torch.empty(2, 0, 64)
+    position = visual.positional_embedding[1:].T.reshape(1, 64, 4, 4)
+    position = F.interpolate(position, (6, 8), mode="bilinear", align_corners=False)
+    expected = visual.ln_pre((visual.conv1(images) + position).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(first_input(visual, images, none, none[0], True)[:, 1:], expected)
+
+
+def test_prompt_dropout_differs_from_image_to_image():
+    encoder = Encoder(make_clip().visual, num_prompts=3, regions=4, dropout=0.5)
+    G, _, _ = encoder(torch.randn(1, 3, 64, 64).repeat(2, 1, 1, 1))
+    assert (G[0] - G[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("update_regions", [False, True])

@@ -64,13 +64,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: Path, b: Path) -> bool:
-    return all(torch.equal(tensor, weights(b)[name]) for name, tensor in weights(a).items())
+    ours, theirs = weights(a), weights(b)
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def close(a: Path, b: Path) -> bool:
     """But for key biases: their true gradient is 0, and Adam turns rounding into steps."""
-    return all((weights(b)[name] - tensor).norm() <= 1e-5 * max(tensor.norm(), 1e-3)
-               for name, tensor in weights(a).items() if not name.endswith(".k.bias"))
+    ours, theirs = weights(a), weights(b)
+    return all((theirs[name] - tensor).norm() <= 1e-5 * max(tensor.norm(), 1e-3)
+               for name, tensor in ours.items() if not name.endswith(".k.bias"))
 
 
 def losses(folder: Path) -> list[dict]:
@@ -231,6 +233,7 @@ def test_transductive_training_knows_names_and_supervised_training_masks_too(
         evaluated = succeeds(out / "last.pt", "--workers", "0", program="eval.py")
         assert f"lowered by 0 ({setting} training" in evaluated
         assert re.search("CLIP-RC .*", printed)[0] in evaluated
+    assert "not be zero-shot" in refused(*flags, "--no-rdl", "--init", out / "last.pt")
     assert [given["unseen"] for given in spy.losses] == [(15, 16, 17, 18, 19)] * 2 + [()] * 2
     assert all(len(given["text"]) == 20 and 17 in given["labels"] for given in spy.losses)
 
@@ -348,6 +351,7 @@ def test_a_second_run_keeps_the_first_aside_and_a_third_beside_it_is_refused(fla
 def test_resuming_with_other_settings_or_other_images_is_refused(flags, voc, tmp_path):
     succeeds(*flags)
     assert "regions" in refused(*flags, "--regions", "16", "--resume")
+    assert "another seed" in refused(*flags, "--seed", "1", "--resume")
     other = tmp_path / "other"
     subprocess.run(["cp", "-r", voc, other], check=True)
     (other / "ImageSets/Segmentation/train.txt").write_text("0\n1\n")
