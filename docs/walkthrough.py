@@ -135,7 +135,9 @@ print(f"{len(X0)} = 1 + {K} + {N} + {M} tokens of {X0.shape[1]} numbers")
 # | [CLS] and the prompts | [CLS], the prompts, all patches |
 # | a patch | the same, and the **one** region token of its own cell |
 # | a region token | the patches **of its own cell**, and itself; nothing else |
-# So a region token does what [CLS] does, as if its cell were the whole image, without prompts.
+# So in the first layer a region token does what [CLS] does, as if its cell were the whole image,
+# without prompts. From the second layer on, the patches of its cell have read the whole image and
+# the prompts, and the region token gets some of that from them.
 # {{ excerpt("rlb_attention.region_mask") }}
 # The matrix for 4 × 4 patches, 2 × 2 regions and 2 prompts, then three of our {{ len(mask) }} rows:
 # %% mask.png: Fig. 5 (c), the matrix: rows may attend to the columns that are coloured
@@ -317,7 +319,8 @@ draw.grid([[colours(I[0]), colours(I_d[0]), colours(I_r[0], I[0])]],
 # {{ excerpt("model.nel_losses", "t = one_hot", "focal =") }}
 # In training, the {{ names[rug] }} and the floor are "no" for each of the {{ len(seen) }} names:
 # %%
-seen_label = torch.from_numpy(data.read_pair(data.seen_classes(dataset), SCENE)[1])[None]
+shown = data.seen_classes(dataset).shown  # class number -> number among the seen ones, or IGNORE
+seen_label = torch.from_numpy(shown[label.numpy()])[None]  # (1, 64, 64)
 x, t = model(images, T[seen]), one_hot(seen_label, len(seen)).float()  # (1, 15, 64, 64)
 entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none")
 p_t = (x * (2 * t - 1)).sigmoid()  # the probability of the right answer
@@ -395,6 +398,7 @@ print(f"mIoU(S) {S:.1f}  mIoU(U) {U:.1f}  hIoU {2 * S * U / (S + U):.1f}")
 # %% settings.png: What one mask becomes in the three settings
 pseudo = pseudo_labels(logits, label[None].long(), unseen)[0]
 draw.grid([[labelled(given), labelled(pseudo), labelled(label)]],
-          ["inductive", "transductive", "fully supervised"], note=draw.NOTE)
+          ["inductive", "transductive", "fully supervised"],
+          note="* one of the classes that inductive training must not see")
 # %% [markdown]
 # **Try it.** `pseudo[label == rug].bincount()` counts the labels that the model gives itself.
