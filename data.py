@@ -1,31 +1,25 @@
 """The data sets (paper Sec. 4.1) and what training and testing see of an image (Sec. 4.2, 4.3).
 
-    python data.py                              draws a sheet of training samples of the toy world
-    python data.py --dataset D --data-root R    of another data set (tools.check_data reads it all)
+    python data.py [--dataset D --data-root R]    draws what a training run sees of 12 images
 
-Folders under --data-root:
+Folders under --data-root, where {} stands for train and val:
 
-    voc, toy       JPEGImages/*.jpg  SegmentationClass/*.png  [SegmentationClassAug/*.png]
-                   ImageSets/Segmentation/{train,val}.txt  [trainaug.txt or aug.txt]
+    voc, toy       JPEGImages/*.jpg (toy: .png)  SegmentationClass/*.png
+                   ImageSets/Segmentation/{}.txt
+                   the augmented set: SegmentationClassAug/*.png with trainaug.txt or aug.txt
     context(59)    JPEGImages/*.jpg  SegmentationClassContext/*.png
-                   ImageSets/SegmentationContext/{train,val}.txt
-    coco-stuff     images/{train2017,val2017}/*.jpg
-                   annotations/{train2017,val2017}/*.png or *_labelTrainIds.png
-    ade20k         images/{training,validation}/*.jpg  annotations/{training,validation}/*.png
-    folder         images/*.{jpg,jpeg,png,webp}  masks/*.png  classes.txt  [train.txt  val.txt]
+                   ImageSets/SegmentationContext/{}.txt
+    coco-stuff     images/{}2017/*.jpg  annotations/{}2017/*.png or *_labelTrainIds.png
+    folder         images/*.{jpg,jpeg,png,webp}  masks/*.png  classes.txt  {}.txt
 
-"folder" is your own data (see docs/data.md). A line of classes.txt is a class name, the first for
-mask value 0, or "4 = fence", or "128,64,128 = fence"; * before a name marks an unseen class.
-Training takes pixels of 255 as examples of what no class looks like; evaluation leaves them out.
-
-What each setting sees of a mask: docs/walkthrough.md#the-three-settings
+"folder" is your own data: masks of class numbers from 0, 255 where no class fits; in classes.txt a
+name per line, * before an unseen one. `python -m tools.prepare FOLDER OUT` converts other forms.
 """
 
 import argparse
 import functools
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,186 +28,152 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from util import draw, folder, toy
-from util.class_names import ADE20K, COCO_STUFF, CONTEXT, FIFTEEN_TEMPLATES, ONE_TEMPLATE, VOC
-from util.images import IGNORE, MEAN, STD, fit_size, normalise, read_image, save_image
+from util import draw, toy
+from util.class_names import COCO_STUFF, CONTEXT, FIFTEEN_TEMPLATES, ONE_TEMPLATE, VOC
+from util.images import (IGNORE, MEAN, STD, SUFFIXES, jitter, normalise, read_image, read_mask,
+                         save_image)
 from util.processes import run_script
 
-# ------------------------------------------------------------------- paper Sec. 4.1: the data sets
-
-# In paths, {0} is the split, train or val, and {1} its long name. Mask value values[i] means class
-# i; 255 and the values in `ignored` mean no class. more_names (one of the two) and more_masks are
-# the augmented set's. util/class_names.py has the class names and which of them are unseen.
+# Sec. 4.1. Mask value values[i] means class i; 255 and the values in `ignored` mean no class.
 DATASETS = {
-    "voc": VOC | dict(
-        images="JPEGImages", masks="SegmentationClass", names="ImageSets/Segmentation/{0}.txt",
-        values=range(1, 21), ignored=(0,), templates=ONE_TEMPLATE,  # 0 is background
-        more_names=("ImageSets/Segmentation/trainaug.txt", "ImageSets/Segmentation/aug.txt"),
-        more_masks="SegmentationClassAug"),
-    "context": CONTEXT | dict(
+    "voc": dict(  # 15 seen and 5 unseen classes; 10,582 training images, 1,449 to test
+        class_names=VOC, unseen="pottedplant, sheep, sofa, train, tvmonitor",
+        images="JPEGImages", masks="SegmentationClass", lists="ImageSets/Segmentation/{}.txt",
+        values=range(1, 21), ignored=(0,), templates=ONE_TEMPLATE),  # 0 is background
+    "context": dict(  # 50 seen, background among them, and 10 unseen; 4,996 and 5,104 images
+        class_names=CONTEXT,
+        unseen="cow, motorbike, sofa, cat, boat, fence, bird, tvmonitor, keyboard, aeroplane",
         images="JPEGImages", masks="SegmentationClassContext",
-        names="ImageSets/SegmentationContext/{0}.txt",
-        values=range(60), ignored=(), templates=FIFTEEN_TEMPLATES),
-    "coco-stuff": COCO_STUFF | dict(  # its values are in util/class_names.py, too
-        images="images/{0}2017", masks="annotations/{0}2017", names=None,  # a whole folder
-        ignored=(), templates=FIFTEEN_TEMPLATES),
-    "ade20k": ADE20K | dict(  # not in the paper: for models that were trained on another data set
-        images="images/{1}", masks="annotations/{1}", names=None,
-        unseen=(), values=range(1, 151), ignored=(0,), templates=FIFTEEN_TEMPLATES),
-    "folder": dict(images="images", masks="masks", names="{0}.txt", templates=FIFTEEN_TEMPLATES),
+        lists="ImageSets/SegmentationContext/{}.txt", values=range(60)),
+    "coco-stuff": dict(  # 156 seen and 15 unseen; 118,287 and 5,000 images, whole folders
+        class_names=COCO_STUFF,
+        unseen="cow, giraffe, suitcase, frisbee, skateboard, carrot, scissors, cardboard, clouds, "
+               "grass, playingfield, river, road, tree, wall-concrete",
+        images="images/{}2017", masks="annotations/{}2017", lists="",
+        values=[value for value in range(182) if value not in  # no pixel of the maps has these
+                (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]),
+    "folder": dict(images="images", masks="masks", lists="{}.txt", values=range(254)),
 }
-DATASETS["toy"] = DATASETS["voc"] | dict(
-    class_names=toy.CLASS_NAMES, unseen=tuple(toy.CLASS_NAMES[i] for i in toy.UNSEEN),
-    templates=(toy.TEMPLATE,), more_names=None)
 DATASETS["context59"] = DATASETS["context"] | dict(  # paper Table 4: without background
-    class_names=CONTEXT["class_names"][1:], values=range(1, 60), ignored=(0,))
+    class_names=CONTEXT[1:], values=range(1, 60), ignored=(0,))
+DATASETS["toy"] = DATASETS["voc"] | dict(class_names=toy.CLASS_NAMES, unseen=", ".join(
+    toy.CLASS_NAMES[i] for i in toy.UNSEEN), templates=(toy.TEMPLATE,))
+NO_CLASS = 254  # in a mapping: a mask value that means nothing
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Paper Sec. 4.1: one split of a data set, as found on disk."""
-
     name: str
     class_names: tuple[str, ...]
     unseen: tuple[int, ...]  # indices of class_names
     templates: tuple[str, ...]
     pairs: list[tuple[Path, Path]]  # (image, mask)
-    mapping: np.ndarray  # uint8: mask value (or colour) -> class number, IGNORE or NO_CLASS
+    mapping: np.ndarray  # (256,) uint8: mask value -> class number, IGNORE or NO_CLASS
     note: str = ""  # what a user should know about this split
-    shown: np.ndarray = field(default_factory=lambda: np.arange(256, dtype=np.uint8))  # in training
+    shown: np.ndarray | None = None  # (256,) uint8: class number -> what training is told of it
 
 
-def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
+def find_files(folder: Path, *suffixes: str) -> dict[str, Path]:
+    """The files in a folder and below, by their path in it without the suffix."""
+    files = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in suffixes)
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def read_lines(path: Path) -> list[str]:
+    """A UTF-8 file's lines. Raises FileNotFoundError, ValueError."""
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8; save the file in that encoding") from None
+
+
+def read_names(path: Path) -> list[str]:
+    """A list's image names, each once, without the suffix of an image."""
+    return [*dict.fromkeys(line.rpartition(".")[0] if line.lower().endswith(SUFFIXES) else line
+                           for line in read_lines(path))]
+
+
+def open_dataset(name: str, root: str | Path, split: str, unseen: str | None = None) -> Dataset:
     """Paper Sec. 4.1: find a split ("train" or "val") of one of DATASETS on disk.
-    Raises FileNotFoundError for a missing folder, list, image or mask, and ValueError for a class
-    list or a list of images that cannot be used."""
-    entry, root, notes = DATASETS[name], Path(root), []
-    splits = split, {"train": "training", "val": "validation"}[split]
-    images = folder.files_by_stem(root / entry["images"].format(*splits))
-    masks = folder.find_masks(root / entry["masks"].format(*splits), images)
-    names, lists, values = list(images), entry["names"], entry.get("values")
-    if name == "coco-stuff":  # raw maps, or maps converted for training, whichever cover more
-        end = "_labelTrainIds"
-        files = folder.files_by_stem(root / entry["masks"].format(*splits), (".png",))
-        converted = {stem.removesuffix(end): files[stem] for stem in files if stem.endswith(end)}
-        masks = max(converted, files, key=lambda kind: len(images.keys() & kind.keys()))
-        values = range(171) if masks is converted else values
-    if name == "folder" and not (root / "train.txt").exists() and not (root / "val.txt").exists():
-        names, lists = folder.split_images(names, split), None
-        notes.append(f"no train.txt and val.txt: {len(names)} of {len(images)} images, by name")
-    if lists:
-        names = folder.read_list(root / lists.format(split))
-    if split == "train" and entry.get("more_names"):
-        more = [root / file for file in entry["more_names"] if (root / file).exists()]
-        if more and (root / entry["more_masks"]).exists():
-            more_masks = folder.files_by_stem(root / entry["more_masks"], (".png",))
-            added = [stem for stem in folder.read_list(more[0]) if stem not in names]
-            names = names + added  # those of train.txt keep VOC's own masks
-            masks |= {stem: more_masks[stem] for stem in added if stem in more_masks}
-        else:
-            notes.append(f"no {entry['more_masks'] if more else 'trainaug.txt or aug.txt'}: "
-                         f"training on train.txt alone ({len(names):,} images)")
-    if split == "train" and lists:  # SBD's lists, for example, contain validation images of VOC
-        validation = set(folder.read_list(root / lists.format("val")))
-        kept = [stem for stem in names if stem not in validation]
-        if len(kept) < len(names):
-            notes.append(f"{len(names) - len(kept):,} validation images left out of training"
-                         if kept else "all training images are validation images too")
-        names = kept or names
-    for kind, files in (("images", images), ("masks", masks)):
-        missing = [stem for stem in names if stem not in files]
-        if missing:
-            raise FileNotFoundError(
-                f"{root / entry[kind].format(*splits)}: no file for '{missing[0]}', but "
-                f"{next(iter(files.values()))} ({len(missing):,} of {len(names):,} are missing)")
+    unseen: other unseen classes than the data set's, comma-separated. Raises FileNotFoundError for
+    a list, an image or a mask that is missing, ValueError for a class that is not there."""
+    entry, root, note = DATASETS[name], Path(root), ""
+    class_names, chosen = entry.get("class_names"), entry.get("unseen")
     if name == "folder":
-        class_names, unseen, mapping = folder.read_classes(root / "classes.txt")
-    else:
-        class_names = entry["class_names"]
-        unseen = tuple(map(class_names.index, entry["unseen"]))
-        mapping = np.full(256, folder.NO_CLASS, np.uint8)
-        mapping[list(values)] = range(len(values))
-        mapping[[*entry["ignored"], IGNORE]] = IGNORE
-    pairs = [(images[stem], masks[stem]) for stem in names]
-    return Dataset(name, class_names, unseen, entry["templates"], pairs, mapping, "; ".join(notes))
-
-
-def with_unseen(dataset: Dataset, names: str) -> Dataset:
-    """Another choice of unseen classes than paper Sec. 4.1's: comma-separated names, "" for none.
-    Raises ValueError for a name that is not a class of the data set."""
-    listed = [" ".join(name.split()) for name in names.split(",") if name.strip()]
-    for name in listed:
-        if name not in dataset.class_names:
-            raise ValueError(f"--unseen: '{name}' is not a class of {dataset.name}; choose from "
-                             f"{', '.join(dataset.class_names)}")
-    return replace(dataset, unseen=tuple(map(dataset.class_names.index, dict.fromkeys(listed))))
+        lines = read_lines(root / "classes.txt")
+        class_names = [line.removeprefix("*").strip() for line in lines]
+        chosen = ",".join(line[1:] for line in lines if line[0] == "*")
+    chosen = (chosen if unseen is None else unseen).split(",")
+    chosen = [word.strip() for word in chosen if word.strip()]
+    for word in set(chosen) - set(class_names):
+        raise ValueError(f"--unseen: '{word}' is no class of {', '.join(class_names)}")
+    images = find_files(root / entry["images"].format(split), *SUFFIXES)
+    masks, values = find_files(root / entry["masks"].format(split), ".png"), entry["values"]
+    names = read_names(root / entry["lists"].format(split)) if entry["lists"] else list(images)
+    if name == "coco-stuff":  # raw maps, or maps converted for training, whichever cover more
+        converted = {stem[:-14]: masks[stem] for stem in masks if stem.endswith("_labelTrainIds")}
+        if len(images.keys() & converted.keys()) >= len(images.keys() & masks.keys()):
+            masks, values = converted, range(171)
+    if name == "voc" and split == "train":  # released code: VOC's own masks, then SBD's
+        lists = [root / entry["lists"].format(file) for file in ("trainaug", "aug")]
+        more = find_files(root / "SegmentationClassAug", ".png")
+        added = [stem for file in lists if more and file.exists() for stem in read_names(file)]
+        note = "" if added else f"no augmented set, so train.txt's {len(names):,} images alone"
+        masks = more | {stem: masks[stem] for stem in names if stem in masks}
+        names = [*dict.fromkeys(names + added)]
+    if split == "train" and entry["lists"]:  # SBD's list has images of VOC's val.txt
+        held_out = set(read_names(root / entry["lists"].format("val")))
+        kept = [stem for stem in names if stem not in held_out]
+        if len(kept) < len(names):
+            what = "left out" if kept else "trained on, as there are no others"
+            note += "; " * bool(note) + f"{len(names) - len(kept):,} images of val.txt {what}"
+        names = kept or names
+    missing = [stem for stem in names if stem not in images or stem not in masks]
+    if missing or not names:
+        raise FileNotFoundError(
+            f"{root}: image or mask of {len(missing):,} of {len(names):,} {split} names missing "
+            f"({', '.join(missing[:2])}); python data.py --help shows the folders"
+            + ", python -m tools.prepare FOLDER OUT makes them" * (name == "folder"))
+    mapping = np.full(256, NO_CLASS, np.uint8)
+    mapping[list(values)[:len(class_names)]] = range(len(class_names))
+    mapping[[*entry.get("ignored", ()), IGNORE]] = IGNORE
+    return Dataset(name, tuple(class_names), tuple(map(class_names.index, chosen)),
+                   entry.get("templates", FIFTEEN_TEMPLATES),
+                   [(images[stem], masks[stem]) for stem in names], mapping, note)
 
 
 def seen_classes(dataset: Dataset) -> Dataset:
-    """Paper Sec. 4.3, inductive setting: the data set without its unseen classes. To training
-    their pixels are IGNORE, and the others count from 0. Raises ValueError if there are none."""
+    """Paper Sec. 4.3, inductive setting: only the seen classes, counted from 0. `read_pair` still
+    gives the old numbers; `shown` maps them, IGNORE for unseen ones. Raises ValueError for none."""
     seen = [i for i in range(len(dataset.class_names)) if i not in dataset.unseen]
     if not seen:
-        raise ValueError(f"{dataset.name}: every class is unseen; inductive training needs others")
+        raise ValueError("every class is unseen; inductive training needs others")
     shown = np.full(256, IGNORE, np.uint8)
     shown[seen] = np.arange(len(seen))
-    return replace(dataset, class_names=tuple(dataset.class_names[i] for i in seen), unseen=(),
-                   shown=shown)
+    names = tuple(dataset.class_names[i] for i in seen)
+    return replace(dataset, class_names=names, unseen=(), shown=shown)
 
 
 def read_pair(dataset: Dataset, index: int) -> tuple[Image.Image, np.ndarray]:
     """Paper Sec. 4.1: an image and its whole annotation, (H, W) uint8 class numbers and IGNORE.
-    Raises ValueError for a file that cannot be used, sizes that differ, or a value of no class."""
+    Raises ValueError for a file that cannot be used."""
     image_path, mask_path = dataset.pairs[index]
-    image = read_image(image_path, has_mask=True)
-    values = folder.read_values(mask_path, len(dataset.mapping))
+    image, values = read_image(image_path, has_mask=True), read_mask(mask_path)
     if image.size != values.shape[::-1]:
-        raise ValueError(f"{mask_path}: {values.shape[1]}x{values.shape[0]} pixels, but its image "
-                         f"has {image.width}x{image.height}; make them equal")
+        raise ValueError(f"{mask_path}: {values.shape[::-1]} pixels, its image {image.size}")
     label = dataset.mapping[values]
-    unknown, counts = np.unique(values[label == folder.NO_CLASS], return_counts=True)
-    if len(unknown):
-        value = folder.value_text(unknown[counts.argmax()], len(dataset.mapping))
-        what = (f"in classes.txt; give every line there its value, as in `0 = road`, and add "
-                f"`{value} = NAME`, or `{value} = -` to ignore it"
-                if dataset.name == "folder" else
-                f"a class of {dataset.name}; correct the mask (255 where no class fits)")
-        raise ValueError(f"{mask_path}: {value} ({counts.max() / values.size:.2%} of the pixels) "
-                         f"is not {what}")
+    if (label == NO_CLASS).any():
+        raise ValueError(f"{mask_path}: {values[label == NO_CLASS][0]} is not a class's number")
     return image, label
-
-
-# ----------------------------------------------------------- paper Sec. 4.2: the training samples
-
-
-def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Released code: change brightness, contrast, saturation and hue, each half the time."""
-    def sometimes(low: float, high: float, otherwise: float) -> float:
-        return rng.uniform(low, high) if rng.random() < 0.5 else otherwise
-
-    brightness, contrast = sometimes(-32, 32, 0), sometimes(0.5, 1.5, 1)
-    saturation, hue = sometimes(0.5, 1.5, 1), sometimes(-18, 18, 0)  # hue: of 180 for a full turn
-    contrast_first = rng.random() < 0.5
-    image = image.point(lambda value: value + brightness)  # Pillow rounds and clips to 0..255
-    if contrast_first:
-        image = image.point(lambda value: value * contrast)
-    if saturation != 1 or hue:
-        h, s, v = image.convert("HSV").split()
-        h = h.point(lambda value: round(value + hue * 256 / 180) % 256)
-        s = s.point(lambda value: value * saturation)
-        image = Image.merge("HSV", (h, s, v)).convert("RGB")
-    if not contrast_first:
-        image = image.point(lambda value: value * contrast)
-    return image
 
 
 class TrainSet(torch.utils.data.Dataset):
     """Paper Sec. 4.2: inputs of 512 x 512 (crop x crop). Released code: how they are made.
 
-    Item (epoch, index) -> (3, crop, crop) float32 image, (crop, crop) int64 label. Its random
-    numbers depend only on (seed, epoch, index), so workers, processes and resumed runs agree.
-    For the inductive setting give `seen_classes(dataset)`."""
-
+    dataset: `seen_classes(...)` for the inductive setting. Item (epoch, index) -> (3, crop, crop)
+    float32 image, (crop, crop) int64 label, random by (seed, epoch, index) alone, so that workers,
+    processes and resumed runs agree."""
     def __init__(self, dataset: Dataset, crop: int, seed: int,
                  scale: tuple[float, float] = (0.5, 2), colours: bool = True):
         self.dataset, self.crop, self.seed = dataset, crop, seed
@@ -226,25 +186,25 @@ class TrainSet(torch.utils.data.Dataset):
         epoch, index = item
         rng, crop = np.random.default_rng((self.seed, epoch, index)), self.crop
         image, label = read_pair(self.dataset, index)
-        # Scale: fit 2048 x 512 times a factor.
+        # Scale: as large as fits into 4 crop x crop (2048 x 512), times a factor.
         factor = rng.uniform(*self.scale)
-        width, height = fit_size(image.size, int(4 * crop * factor), int(crop * factor))
+        ratio = min(int(4 * crop * factor) / max(image.size), int(crop * factor) / min(image.size))
+        width, height = (max(1, int(side * ratio + 0.5)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         label = Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST)
-        # Crop: retry up to 10 times until no class covers 75 % of the labelled pixels. The rule
-        # counts the whole annotation; what training is not told is hidden after it.
+        # Crop: retry up to 10 times until no class covers 75 % of the labelled pixels. This counts
+        # the whole annotation; what training is not told is hidden after it.
         for _ in range(1 + 10):
             x, y = rng.integers(max(width - crop, 0) + 1), rng.integers(max(height - crop, 0) + 1)
             box = (x, y, min(x + crop, width), min(y + crop, height))
             counts = label.crop(box).histogram()[:IGNORE]
             if max(counts) < 0.75 * sum(counts):
                 break
-        image = image.crop(box)
-        label = Image.fromarray(self.dataset.shown[np.array(label.crop(box))])
-        # Flip.
+        image, label = image.crop(box), label.crop(box)
+        if self.dataset.shown is not None:
+            label = label.point(self.dataset.shown.tolist())
         if rng.random() < 0.5:
             image, label = ImageOps.mirror(image), ImageOps.mirror(label)
-        # Colours.
         if self.colours:
             image = jitter(image, rng)
         # Normalise, then pad at the right and below.
@@ -254,17 +214,12 @@ class TrainSet(torch.utils.data.Dataset):
 
 
 class GlobalBatches(torch.utils.data.Sampler):
-    """Paper Sec. 4.2: batches of 16 images. A batch_sampler of this process's part of each.
+    """Paper Sec. 4.2: batches of 16 images. Batch sampler: yields this process's share of each.
 
-    Image j of batch t is number t·batch_size + j in a stream of shuffled epochs, for any number of
-    processes and after a resume. PyTorch's DistributedSampler pads each epoch to a multiple of the
-    processes and cannot start inside one. Raises ValueError for a batch that cannot be shared."""
-
+    Image j of batch t is number t * batch_size + j in a stream of shuffled epochs, for any number
+    of processes and after a resume."""
     def __init__(self, length: int, batch_size: int, iterations: int, seed: int, rank: int = 0,
                  world: int = 1, start: int = 0):
-        if batch_size % world:
-            raise ValueError(f"--batch-size {batch_size}: {world} processes cannot share it "
-                             "equally; give a multiple of their number")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.steps = range(start, iterations)
         self.places = range(rank * batch_size // world, (rank + 1) * batch_size // world)
@@ -274,22 +229,14 @@ class GlobalBatches(torch.utils.data.Sampler):
 
     @functools.lru_cache(maxsize=1)
     def order(self, epoch: int) -> np.ndarray:
-        """The shuffled images of an epoch. (seed, epoch) alone would be the stream of sample 0."""
+        """An epoch's shuffled images. NumPy ignores zeros at a seed's end: (seed, epoch) alone
+        would be the seed of sample (seed, epoch, 0)."""
         return np.random.default_rng((self.seed, epoch, self.length, 1)).permutation(self.length)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for t in self.steps:
             numbers = [divmod(t * self.batch_size + j, self.length) for j in self.places]
             yield [(epoch, int(self.order(epoch)[place])) for epoch, place in numbers]
-
-
-def leave_signals(worker: int) -> None:
-    """A worker_init_fn: puts the worker into a process group of its own, so that Ctrl-C and
-    SIGTERM reach only the training process, which ends its step first."""
-    os.setpgrp()
-
-
-# --------------------------------------------------------------- paper Sec. 4.3: the test samples
 
 
 def test_image(image: Image.Image, short_side: int) -> Tensor:
@@ -299,42 +246,28 @@ def test_image(image: Image.Image, short_side: int) -> Tensor:
     return normalise(np.array(image.resize(size, Image.Resampling.BILINEAR)))
 
 
-class TestSet(torch.utils.data.Dataset):
-    """Released code: item i is (`test_image`, (H, W) uint8 label in the annotation's size, i)."""
-
-    def __init__(self, dataset: Dataset, short_side: int):
-        self.dataset, self.short_side = dataset, short_side
-
-    def __len__(self) -> int:
-        return len(self.dataset.pairs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        image, label = read_pair(self.dataset, index)
-        return test_image(image, self.short_side), torch.from_numpy(label), index
+def test_sample(dataset: Dataset, short_side: int, index: int) -> tuple[Tensor, Tensor, int]:
+    """Released code: a test image, its (H, W) uint8 label at full size, and the index."""
+    image, label = read_pair(dataset, index)
+    return test_image(image, short_side), torch.from_numpy(label), index
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="toy", choices=DATASETS, help="default: toy")
-    parser.add_argument("--data-root", type=Path, help="the data set's folder")
-    parser.add_argument("--out", default="samples.png", type=Path, help="default: samples.png")
+    parser.add_argument("--data-root", help="the data set's folder")
     args = parser.parse_args()
-    if args.dataset != "toy" and not args.data_root:
-        raise ValueError(f"--data-root: give the folder of {args.dataset}")
-    dataset = open_dataset(args.dataset, args.data_root or toy.default_world(), "train")
-    dataset = seen_classes(dataset)
-    samples = (TrainSet(dataset, toy.SIZE, 0, scale=(1, 1), colours=False)  # train.py's preset
-               if args.dataset == "toy" else TrainSet(dataset, 512, 0))
-    (batch,) = GlobalBatches(len(samples), batch_size=12, iterations=1, seed=0)
+    dataset = seen_classes(open_dataset(args.dataset, args.data_root or toy.draw_world(), "train"))
+    samples = (TrainSet(dataset, 512, 0) if args.dataset != "toy" else  # as in train.py:
+               TrainSet(dataset, toy.SIZE, 0, scale=(1, 1), colours=False))
     tiles = []
-    for pixels, label in map(samples.__getitem__, batch):
+    for pixels, label in (samples[divmod(number, len(samples))] for number in range(12)):
         pixels = pixels.permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)  # (crop, crop, 3)
         tiles.append(draw.label_image(Image.fromarray(pixels.round().byte().numpy()),
-                                      label.byte().numpy(), dataset.class_names, dataset.unseen))
-    save_image(draw.grid([tiles[:4], tiles[4:8], tiles[8:]]), args.out)
-    print(f"{args.out}: what inductive training sees of 12 of {len(samples):,} images; pixels of "
-          f"unseen classes are left as they are", dataset.note)
+                                      label.byte().numpy(), dataset.class_names, ()))
+    save_image(draw.grid([tiles[:4], tiles[4:8], tiles[8:]]), "samples.png")
+    print("samples.png: what inductive training sees; pixels without a colour have no label")
 
 
 if __name__ == "__main__":

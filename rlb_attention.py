@@ -1,13 +1,11 @@
 """The region-level bridge (RLB): CLIP's encoder with region tokens (paper Sec. 3.2, Fig. 4-5).
 
-CLIP's image transformer summarises an image in one token, [CLS]. CLIP-RC adds M = m x m more
-tokens like it. Each attends only to the patches in its own cell of an m x m grid, so it summarises
-a region: halfway between the whole image and a single patch. (Some of the rest of the image reaches
-it, too: after the first layer these patches have read the whole image and the prompts.) This needs
-no new layers, only an attention mask.
+CLIP's image transformer summarises an image in one token, [CLS]. CLIP-RC adds M = m x m tokens
+like it. Each attends only to itself and the patches in its own cell of an m x m grid: it sums up a
+region. (After the first layer these patches have read the whole image, and so some of it reaches
+the region token, too.) This needs no new layers, only an attention mask.
 
-    python rlb_attention.py            draws the mask of Fig. 5 (c) to region_mask.png
-    python rlb_attention.py --help     other grids and other numbers of regions
+    python rlb_attention.py            draws the mask of Fig. 5 (c)    (--help: other grids)
 
     paper             here               what it is
     G, P, I, R        the same           the [CLS] token, K prompts, N patches, M region tokens
@@ -18,13 +16,11 @@ no new layers, only an attention mask.
     D (from Eq. 4)    D                  width of the space that images and texts share (512)
     sqrt(N), sqrt(M)  h x w, m x m       grid of patches (need not be square), grid of regions
 
-B is the number of images, L the number of layers.
-Step by step, with images: docs/walkthrough.md#32-the-region-level-bridge
+B images, L layers. Step by step: docs/walkthrough.md#32-the-region-level-bridge
 """
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -40,21 +36,22 @@ def first_input(visual: nn.Module, images: Tensor, P: Tensor, region_tokens: Ten
     """Eq. 1: the input of the first layer, X^0 = [G^0, P^0, I^0, R^0].
     visual: OpenAI's `VisionTransformer`. images: (B, 3, H, W), normalised; H and W are multiples
     of the patch size. P: the first layer's prompts (B, K, D_v). region_tokens: (M, D_v).
-    twice: add class_embedding to [CLS] a second time. Returns (B, E, D_v)."""
+    twice: class_embedding is added to [CLS] a second time. Returns (B, E, D_v)."""
     B = len(images)
     position = visual.positional_embedding  # (1 + side^2, D_v): of [CLS], then of the patches
     side = math.isqrt(len(position) - 1)  # CLIP was trained on side x side patches
+    G = visual.class_embedding + position[0]  # (D_v)
+    if twice:  # released code; neither CLIP's own [CLS] nor a region token has it twice
+        G = G + visual.class_embedding
+
     I = visual.conv1(images)  # (B, D_v, h, w)
     grid_position = position[1:].T.unflatten(1, (side, side))[None]  # (1, D_v, side, side)
     I = I + F.interpolate(grid_position, I.shape[-2:], mode="bilinear", align_corners=False)
     I = I.flatten(2).transpose(1, 2)  # (B, N, D_v)
-
-    G = visual.class_embedding + position[0]  # (D_v)
-    if twice:  # released code: a second time, which neither CLIP nor the region tokens have
-        G = G + visual.class_embedding
     G, R = G.expand(B, 1, -1), region_tokens.expand(B, -1, -1)  # (B, 1, D_v), (B, M, D_v)
 
-    G, I, R = visual.ln_pre(G), visual.ln_pre(I), visual.ln_pre(R)  # not for P
+    # CLIP's first LayerNorm. Released code: P goes in without it.
+    G, I, R = visual.ln_pre(G), visual.ln_pre(I), visual.ln_pre(R)
     return torch.cat([G, P, I, R], dim=1)  # Eq. 1
 
 
@@ -87,7 +84,7 @@ def masked_attention(X: Tensor, attention: nn.MultiheadAttention, mask: Tensor) 
     QKV = F.linear(X, attention.in_proj_weight, attention.in_proj_bias)  # (B, E, 3 D_v)
     Q, K, V = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
                for part in QKV.chunk(3, dim=-1))  # (B, heads, E, d_v) each
-    # PyTorch computes these four lines in one call, without keeping the scores:
+    # PyTorch computes these four lines in one call, without keeping the scores (a test compares):
     #     scores = Q @ K.transpose(-2, -1) / math.sqrt(d_v)      (B, heads, E, E)
     #     scores = scores.masked_fill(~mask, -math.inf)          the paper's "+ Mask"
     #     weights = scores.softmax(dim=-1)
@@ -103,12 +100,10 @@ class Encoder(nn.Module):
     num_prompts: K, new prompts in each of the L layers. regions: M, a square number; 0 for none.
     update_regions: train the M region tokens (Table 6's "update" row).
     dropout: on the prompts.
-    class_embedding_twice: the released code adds class_embedding to [CLS] a second time.
-    True reproduces its results; False follows the paper.
+    class_embedding_twice: True computes what the released code computes; False follows the paper.
 
-    Trained: `prompts` (L, K, D_v), `prompt_proj`, `prompt_norm`; with update_regions also
-    `region_tokens` (M, D_v)."""
-
+    Trained: `prompts` (L, K, D_v) and, as in the released code, `prompt_proj` and `prompt_norm`;
+    with update_regions also `region_tokens` (M, D_v)."""
     def __init__(self, visual: nn.Module, num_prompts: int = 10, regions: int = 16,
                  update_regions: bool = False, dropout: float = 0.1,
                  class_embedding_twice: bool = True) -> None:
@@ -120,17 +115,18 @@ class Encoder(nn.Module):
             raise ValueError(f"regions: {regions} is not a square number (1, 4, 16, 64, ...)")
         self.class_embedding_twice = class_embedding_twice
         D_v = visual.conv1.out_channels
-
-        # "Each token in R^0 adopts the weights of G^0": CLIP treats a region as it would an image.
-        # Unlike the [CLS] token above, a region token has class_embedding once in either case.
+        # "Each token in R^0 adopts the weights of G^0" (released code: class_embedding only once).
+        # "To ensure the generalizability of the RLB for unseen classes, its gradient is not
+        # updated": training on the seen classes cannot bend these tokens towards them.
         R = visual.class_embedding + visual.positional_embedding[0]  # (D_v)
         self.region_tokens = nn.Parameter(R.detach().repeat(regions, 1), update_regions)
-
         L = len(visual.transformer.resblocks)
         self.prompts = nn.Parameter(torch.empty(L, num_prompts, D_v))
         bound = math.sqrt(6 / (3 * self.patch_size**2 + D_v))  # as visual prompt tuning has it
         nn.init.uniform_(self.prompts, -bound, bound)
-        self.prompt_proj = nn.Linear(D_v, D_v)  # one for all layers
+        # Released code: one linear layer and dropout for the prompts of all layers, and a LayerNorm
+        # after the last layer. The paper's Eq. 1-3 have none of them.
+        self.prompt_proj = nn.Linear(D_v, D_v)
         nn.init.kaiming_normal_(self.prompt_proj.weight, mode="fan_out")
         self.prompt_dropout = nn.Dropout(dropout)
         self.prompt_norm = nn.LayerNorm(D_v, eps=1e-6)
@@ -146,16 +142,16 @@ class Encoder(nn.Module):
         K, N, M = self.prompts.shape[1], grid[0] * grid[1], len(self.region_tokens)
         P = [self.prompt_dropout(self.prompt_proj(prompts).expand(len(images), -1, -1))
              for prompts in self.prompts]  # L times (B, K, D_v)
-        with images.device:  # made where it is used: a copy would make the GPU wait
+        with images.device:  # a GPU makes the mask itself: a copy would make it wait
             mask = region_mask(K, grid, self.region_grid)  # (E, E)
 
         X = first_input(self.visual, images, P[0], self.region_tokens,
                         self.class_embedding_twice)  # (B, E, D_v)
         for l, block in enumerate(self.visual.transformer.resblocks):
-            if l > 0:  # deep prompts: P[l] takes the place of the previous layer's output there
+            if l > 0:  # deep prompts: P[l] replaces what the previous layer made of P[l - 1]
                 X = torch.cat([X[:, :1], P[l], X[:, 1 + K :]], dim=1)
-            # The paper's equation leaves out what every transformer layer has: the LayerNorms,
-            # the two residual connections and the feed-forward network.
+            # Eq. 2 leaves out what every transformer layer has: the LayerNorms, the two residual
+            # connections and the feed-forward network.
             X = X + masked_attention(block.ln_1(X), block.attn, mask)
             X = X + block.mlp(block.ln_2(X))
 
@@ -169,24 +165,18 @@ class Encoder(nn.Module):
 
 
 def main() -> None:
-    """Draw Fig. 5 (c)."""
     parser = argparse.ArgumentParser(
-        description="Draw the attention mask of Fig. 5 (c). Rows are queries, columns are keys; "
-        "white entries are masked.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--prompts", type=int, default=2, metavar="K", help="prompt tokens")
-    add("--grid", type=int, default=4, help="patches along a side of the image")
-    add("--regions", type=int, default=4, metavar="M", help="region tokens, a square number")
-    add("--out", type=Path, default=Path("region_mask.png"), help="image to write")
+        description="Draw the mask of Fig. 5 (c): each row's token attends to coloured columns.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=2, metavar="K", help="prompt tokens")
+    parser.add_argument("--grid", type=int, default=4, help="patches along a side of the image")
+    parser.add_argument("--regions", type=int, default=4, metavar="M", help="region tokens")
     args = parser.parse_args()
-    m = math.isqrt(max(args.regions, 0))
-    if m**2 != args.regions:
-        raise ValueError(f"--regions {args.regions}: give a square number (1, 4, 9, 16, ...)")
+    m = math.isqrt(args.regions)
     mask = region_mask(args.prompts, args.grid, m)
     groups = [("cls", 1), ("prompts", args.prompts), ("patches", args.grid**2), ("regions", m * m)]
-    save_image(draw.mask_image(mask, groups), args.out)
-    E = len(mask)
-    print(f"{args.out}: {E} x {E} mask, {mask.float().mean():.0%} of its entries may attend")
+    save_image(draw.mask_image(mask, groups), "region_mask.png")
+    print(f"region_mask.png: {len(mask)} tokens; {mask.float().mean():.0%} of the pairs may attend")
 
 
 if __name__ == "__main__":

@@ -1,394 +1,289 @@
-"""Train CLIP-RC (paper Sec. 4.2): one plain loop, from the settings to the paper's table.
+"""Train CLIP-RC (paper Sec. 4.2): settings, set-up, the loop, the end.
 
     python train.py                         a small drawn world: minutes on a laptop, no download
     torchrun --nproc-per-node=8 train.py --dataset voc --data-root VOCdevkit/VOC2012     the paper's
 
 A run writes to --out: log.jsonl (the losses), last.pt (its newest state), half.pt (from the middle
 of an inductive run, where a transductive one starts), and images. You can stop a run at any time;
-the same command with --resume ends with the same weights (on a GPU, up to rounding).
-Where the losses look: docs/walkthrough.md#35-the-loss
+the same command with --resume ends with the same weights (on a GPU, up to rounding). Two --resume
+of one run at the same time are not detected. The losses: docs/walkthrough.md#35-the-loss
 """
 
+import argparse
+import functools
 import hashlib
 import math
 import os
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+import time
 from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported: see docs/results.md
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 import data
-from eval import (LOWER, MaskCLIP, class_table, evaluate, method_name, mistakes_line,
-                  paper_table, result_images, untrained_encoder, zero_shot_metrics)
-from model import CLIPRC, RECOVERY_LOSSES, count_pairs, pseudo_labels
-from util import flags, toy
-from util.checkpoint import checkpoint_clip, read_checkpoint, require_same, save_checkpoint
-from util.clip_files import (CLIP_FILES, TOY_CLIP, clip_digest, clip_file, encode_text,
-                             load_clip)
-from util.flags import COUNT, POSITIVE, REAL, flag
+from eval import LOWER, MaskCLIP, class_table, evaluate, paper_table, zero_shot_metrics
+from model import CLIPRC, RECOVERY_LOSSES, truncated_normal
+from predict import result_images
+from util import toy
+from util.checkpoint import (add_to_log, newest_run, read_checkpoint, require_same, save_checkpoint,
+                             start_log)
+from util.clip_files import TOY_CLIP, clip_digest, encode_text, load_clip
 from util.images import save_image
-from util.processes import (PRECISIONS, Progress, any_process, autocast, average_gradients, cores,
-                            from_first, mean_over_processes, rank, run_script, start_processes,
-                            world_size)
-from util.run import Speed, StopSignals, add_to_log, claim_folder, cut_log
+from util.processes import (PRECISIONS, autocast, mean_over_processes, own_group, rank,
+                            run_script, start_processes, world_size)
 
-# Sec. 4.2 and the released code; Context is not in it and has the K of ZegCLIP's successors.
-PAPER = {"crop_size": 512, "scale_min": 0.5, "scale_max": 2.0, "jitter": True, "lr": 2e-4,
-         "weight_decay": 0.01, "regions": 16, "dropout": 0.1, "initialiser": "released",
-         "descriptor_scale": 1.0, "w_mask": 100.0, "w_dice": 1.0, "w_rec": 2.0}
+# Sec. 4.2 and the released code (its lr: docs/differences.md). Edit here what has no flag.
+RELEASED = {
+    "prompts": 10, "iterations": 40_000, "batch_size": 16, "crop_size": 512, "lr": 2e-4,
+    "dropout": 0.1, "small_start": False,  # these have flags, those below have none
+    "warmup": 1500, "weight_decay": 0.01, "scale": (0.5, 2.0), "jitter": True,
+    "loss_weights": (100.0, 1.0, 2.0)}  # of the focal, the dice and the recovery loss
 PRESETS = {
-    "voc": PAPER | {"prompts": 10, "iterations": 40_000},
-    "context": PAPER | {"prompts": 35, "iterations": 40_000},
-    "coco-stuff": PAPER | {"prompts": 100, "iterations": 80_000,
-                           "w_mask": 200.0, "w_dice": 3.0, "w_rec": 50.0},
+    "voc": RELEASED,
+    "context": RELEASED | {"prompts": 35},  # not in the release: K of ZegCLIP's successors
+    "folder": RELEASED | {"prompts": 35},
+    "coco-stuff": RELEASED | {"prompts": 100, "iterations": 80_000,
+                              "loss_weights": (200.0, 3.0, 50.0)},
+    "toy": RELEASED | {  # as in the paper, except where small images force a change
+        "crop_size": 64, "prompts": 4,  # a scene has 64 patches, an image of VOC 1,024
+        "iterations": 800, "lr": 1e-3,  # a fiftieth of VOC's steps, so larger ones
+        "batch_size": 8,  # half the time on a laptop's processor
+        "dropout": 0.0,  # 800 steps do not overfit, and dropout takes a third of a CPU's step
+        "scale": (1.0, 1.0), "jitter": False,  # 64 pixels are few; another hue is another class
+        "small_start": True},  # from the released start hIoU ends at 0; docs/differences.md
 }
-PRESETS["context59"] = PRESETS["folder"] = PRESETS["context"]
-PRESETS["toy"] = PAPER | {  # the paper's setting but for what smallness forces
-    "crop_size": 64, "prompts": 4,  # a scene has 64 patches, an image of VOC 1,024
-    "iterations": 800, "lr": 1e-3,  # a fiftieth of VOC's steps, so larger ones
-    "dropout": 0.0,  # 800 steps do not overfit, and dropout takes a third of a CPU's step
-    "scale_min": 1.0, "scale_max": 1.0, "jitter": False,  # another hue or scale: another class
-    "initialiser": "truncated_normal",  # from the released one hIoU ends at 0, at lr 2e-4 at 68
-    "descriptor_scale": 0.01,  # makes runs steadier: see docs/differences.md
-}
-SUPERVISED = dict.fromkeys(("voc", "context", "context59", "folder"), {"w_rec": 0.0})
-SUPERVISED["coco-stuff"] = {"w_mask": 100.0, "w_dice": 1.5, "w_rec": 1.0}
-SETTINGS = ("inductive", "transductive", "supervised")
-INITIALISERS = ("released", "truncated_normal")
-MAY_CHANGE = {"out", "resume", "device", "workers", "recompute", "compile", "accumulate", "clip",
-              "data_root", "log_every", "val_every", "save_every"}  # when a run is resumed
+SUPERVISED = {"coco-stuff": (100.0, 1.5, 1.0), "toy": (100.0, 1.0, 2.0)}  # others: no recovery loss
+LOG_EVERY, SAVE_EVERY = 10, 500  # steps
+MAY_CHANGE = "out resume device workers compile clip data_root init val_every".split()  # --resume
 
 
-@dataclass
-class Settings:
-    """Everything that defines a run. None stands for the default of data set and setting."""
-
-    # data
-    dataset: str = flag("toy", "the data set", choices=tuple(PRESETS))
-    data_root: str | None = flag(None, "its folder; the toy world is drawn on first use")
-    clip: str | None = flag(None, "CLIP's file, folder or name (ViT-B/16; toy: the shipped one)")
-    setting: str = flag("inductive", "what training knows of the unseen classes: nothing, their "
-                        "names, or names and masks", choices=SETTINGS)
-    unseen: str | None = flag(None, "the unseen classes, comma-separated; '' for none")
-    init: str | None = flag(None, "checkpoint to start from, '' for none (transductive: the middle "
-                            "of the inductive run, runs/DATASET/half.pt)")
-    out: str | None = flag(None, "folder of the run (runs/DATASET, runs/DATASET-SETTING)")
-    seed: int = flag(0, "fixes initial weights, order of the data and dropout", **COUNT)
-    # the method: each row of Tables 5-8 is one of these
-    prompts: int | None = flag(None, "K, prompt tokens in each layer", **COUNT)
-    regions: int | None = flag(None, "M, region tokens, a square number; 0 for none", **COUNT)
-    update_regions: bool = flag(False, "train the region tokens (Table 6)")
-    ram: bool = flag(True, "RAM and the two-branch decoder; without: ZegCLIP's head (Table 5)")
-    align: str = flag("GR", "which of G and R join I (Table 7)", choices=("GR", "G", "R", ""))
-    rdl: bool = flag(True, "the recovery loss (Table 5)")
-    recovery_layers: int = flag(1, "layers of the recovery decoder (Table 8)", **COUNT)
-    recovery_loss: str = flag("l1", "its distance (Table 8)", choices=tuple(RECOVERY_LOSSES))
-    initialiser: str | None = flag(None, "of the decoder", choices=INITIALISERS)
-    descriptor_scale: float | None = flag(None, "factor on the initial weights of "
-                                          "ram.descriptor_proj", **REAL)
-    dropout: float | None = flag(None, "on prompts, attention weights, decoder layers", **REAL)
-    # optimisation
-    iterations: int | None = flag(None, "optimiser steps; transductive: half", **POSITIVE)
-    batch_size: int = flag(16, "images in a step, over all processes", **POSITIVE)
-    accumulate: int = flag(1, "parts in which a process computes its share of a batch", **POSITIVE)
-    crop_size: int | None = flag(None, "side of a training image in pixels", **POSITIVE)
-    scale_min: float | None = flag(None, "smallest random scale", **REAL)
-    scale_max: float | None = flag(None, "largest random scale", **REAL)
-    jitter: bool | None = flag(None, "random brightness, contrast, saturation and hue")
-    lr: float | None = flag(None, "peak learning rate of AdamW; transductive: 2e-4", **REAL)
-    warmup: int | None = flag(None, "warm-up steps (1500, at most a tenth of the run)", **COUNT)
-    weight_decay: float | None = flag(None, "of AdamW, on every trained tensor", **REAL)
-    w_mask: float | None = flag(None, "weight of the focal loss; coco-stuff supervised: 100",
-                                **REAL)
-    w_dice: float | None = flag(None, "of the dice loss; coco-stuff supervised: 1.5", **REAL)
-    w_rec: float | None = flag(None, "of the recovery loss; supervised: 0, coco-stuff 1, toy 2",
-                               **REAL)
-    # machine
-    device: str = flag("auto", "auto, cpu or cuda")
-    precision: str = flag("tf32", "of matrix products; on a CPU tf32 is float32",
-                          choices=PRECISIONS)
-    recompute: bool | None = flag(None, "activation checkpointing in the decoder: less memory, "
-                                  "slower (on from 256 regions)")
-    compile: bool = flag(False, "torch.compile: minutes once, then faster steps on a GPU")
-    workers: int | None = flag(None, "processes that prepare images, for each training process "
-                               "(up to 8; toy: 0)", **COUNT)
-    log_every: int = flag(10, "steps between lines of log.jsonl", **POSITIVE)
-    val_every: int | None = flag(None, "steps between evaluations (a fifth of the run)", **POSITIVE)
-    save_every: int = flag(1000, "steps between checkpoints", **POSITIVE)
-    resume: bool = flag(False, "continue from OUT/last.pt if there is one")
-
-
-def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Paper Sec. 4.2: the command line, with PRESETS for every flag that was not given."""
-    shown = {name: preset for name, preset in PRESETS.items() if name != "context59"}
-    s = flags.parse(Settings, shown, __doc__, arguments)
-    preset = dict(PRESETS[s.dataset])
-    if s.setting == "supervised":
-        preset |= SUPERVISED.get(s.dataset, {})
-    if s.setting == "transductive":
-        preset["iterations"] //= 2
-        preset["lr"] = min(preset["lr"], 2e-4)  # it starts from trained weights, also in the toy
-    s.clip = s.clip or (str(TOY_CLIP) if s.dataset == "toy" else "ViT-B/16")
-    if Path(s.clip).name == TOY_CLIP.name:  # to try one's own data with: that CLIP's own size
-        preset["crop_size"] = toy.SIZE
-    for name, value in preset.items():
-        if getattr(s, name) is None:
-            setattr(s, name, value)
-    own = s.dataset == "folder" and s.data_root
-    place = f"runs/{Path(s.data_root).resolve().name if own else s.dataset}"
-    s.out = s.out or place + f"-{s.setting}" * (s.setting != "inductive")
-    if s.init is None and s.setting == "transductive":
-        s.init = f"{place}/half.pt"
-    s.warmup = min(1500, s.iterations // 10) if s.warmup is None else s.warmup
-    s.val_every = s.val_every or max(1, s.iterations // 5)
-    if s.workers is None:
-        s.workers = 0 if s.dataset == "toy" else min(8, cores())
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * s.accumulate
-    if s.batch_size % parts:
-        raise ValueError(f"--batch-size {s.batch_size}: must be a multiple of {parts}, processes "
-                         f"times --accumulate")
-    if s.data_root is None and s.dataset != "toy":
-        raise ValueError(f"--data-root: where is the data set ({s.dataset})?")
-    return s
+def parse_settings(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Paper Sec. 4.2: the command line, with the data set's preset for what was not given."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, flag, path = parser.add_argument, argparse.BooleanOptionalAction, os.path.expanduser
+    add("--dataset", default="toy", choices=PRESETS, help="the data set (toy)")
+    add("--data-root", type=path, help="its folder; the toy world is drawn on first use")
+    add("--clip", type=path, help="CLIP's file or name (ViT-B/16; toy: the one that ships here)")
+    add("--setting", default="inductive", choices=("inductive", "transductive", "supervised"),
+        help="what training knows of the unseen classes: nothing, names, or names and masks")
+    add("--unseen", help="the unseen classes, comma-separated, '' for none (the data set's)")
+    add("--init", type=path, help="start from this checkpoint (transductive: the newest half.pt)")
+    add("--out", type=path, help="the run's folder (runs/DATASET, or the next free DATASET-2 ...)")
+    add("--seed", type=int, default=0, help="fixes weights, order of the data and dropout (0)")
+    add("--regions", type=int, default=16, metavar="M", help="region tokens, a square, or 0 (16)")
+    add("--update-regions", action=flag, default=False, help="train the region tokens (Table 6)")
+    add("--ram", action=flag, default=True, help="RAM and RDL; without: ZegCLIP's head (Table 5)")
+    add("--align", default="GR", choices=("GR", "G", "R", ""), help="beside I in Eq. 4 (Table 7)")
+    add("--recovery-loss", default="l1", choices=(*RECOVERY_LOSSES, "none"), help="Table 8 (l1)")
+    add("--recovery-layers", type=int, default=1, help="of the recovery decoder (Table 8)")
+    add("--small-start", action=flag, help="small initial weights of the head (toy: yes)")
+    add("--prompts", type=int, metavar="K", help="in each layer (10; context 35, coco-stuff 100)")
+    add("--dropout", type=float, help="on prompts, attention weights, decoder layers (0.1; toy 0)")
+    add("--iterations", type=int, help="steps (40,000; coco-stuff double, transductive half)")
+    add("--batch-size", type=int, help="images in a step, over all processes (16; toy 8)")
+    add("--accumulate", type=int, default=1, metavar="N", help="parts of a batch, to save memory; "
+        "each divides its losses by its own (image, class) pairs, so results differ a little (1)")
+    add("--crop-size", type=int, help="side of a training image in pixels (512; toy 64)")
+    add("--lr", type=float, help="peak learning rate of AdamW (2e-4; toy 1e-3, transductive 2e-4)")
+    add("--device", default="auto", help="auto, cpu or cuda (auto)")
+    add("--precision", default="tf32", choices=PRECISIONS, help="on a CPU tf32 is float32 (tf32)")
+    add("--compile", action=flag, default=False, help="torch.compile: minutes once, faster steps")
+    add("--workers", type=int, help="processes that prepare images (up to 8 each; toy 0)")
+    add("--val-every", type=int, help="steps between evaluations (a fifth of the run)")
+    add("--resume", action="store_true", help="continue --out, or the newest run of its kind")
+    args = parser.parse_args(arguments)
+    preset = dict(PRESETS[args.dataset])
+    if args.setting == "transductive":
+        preset |= {"iterations": preset["iterations"] // 2, "lr": 2e-4}  # from trained weights
+    if args.setting == "supervised":
+        preset["loss_weights"] = SUPERVISED.get(args.dataset, (100.0, 1.0, 0.0))
+    vars(args).update({k: v for k, v in preset.items() if getattr(args, k, None) is None})
+    args.warmup = min(args.warmup, args.iterations // 10)
+    args.val_every = args.val_every or max(1, args.iterations // 5)
+    args.clip = args.clip or (str(TOY_CLIP) if args.dataset == "toy" else "ViT-B/16")
+    if args.workers is None:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = 0 if args.dataset == "toy" else min(8, max(1, cores))
+    if args.data_root is None and args.dataset != "toy":
+        raise ValueError(f"--data-root: where is {args.dataset}?")
+    args.data_root = str(Path(args.data_root or toy.draw_world()).resolve())
+    place = f"runs/{Path(args.data_root).name if args.dataset == 'folder' else args.dataset}"
+    if args.init is None and args.setting == "transductive":
+        args.init = f"{newest_run(place)}/half.pt"
+    place += f"-{args.setting}" * (args.setting != "inductive")
+    args.out = args.out or newest_run(place, or_next=not args.resume)
+    return args
 
 
-def learning_rate(step: int, s: Settings) -> float:
+def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Released schedule from step 0: poly, power 0.9, down to 1e-6, times a linear warm-up."""
-    poly = (s.lr - 1e-6) * (1 - step / s.iterations) ** 0.9 + 1e-6
-    return poly * (1 - (1 - step / s.warmup) * (1 - 1e-6)) if step < s.warmup else poly
+    poly = (args.lr - 1e-6) * (1 - step / args.iterations) ** 0.9 + 1e-6
+    return poly * (1 - (1 - step / args.warmup) * (1 - 1e-6)) if step < args.warmup else poly
 
 
-def backward(model: CLIPRC, images: Tensor, labels: Tensor, text: Tensor, s: Settings,
-             unseen: tuple[int, ...]) -> dict[str, Tensor]:
-    """Sec. 3.5: the gradients of a batch's losses, in `s.accumulate` parts. Returns the losses.
-    images (B, 3, H, W), labels (B, H, W), text (C, D) as `CLIPRC.losses` takes them."""
-    weights, n, seed = (s.w_mask, s.w_dice, s.w_rec), s.accumulate, torch.initial_seed()
-    parts, num_pairs, total = list(zip(images.chunk(n), labels.chunk(n))), None, {}
-    if n > 1:  # the losses divide by the pairs of the whole batch, pseudo labels included
-        if unseen:
-            with torch.no_grad(), autocast(images.device, s.precision):
-                for i, (image, label) in enumerate(parts):
-                    torch.manual_seed(seed + i)  # the dropout that this part will have below
-                    label.copy_(pseudo_labels(model(image, text), label, unseen))  # in labels
-        num_pairs, unseen = count_pairs(labels, len(text)) / n, ()  # / n, as the sum is below
-    for i, (image, label) in enumerate(parts):
-        torch.manual_seed(seed + i)
-        with autocast(images.device, s.precision):
-            losses = model.losses(image, label, text, weights, unseen, num_pairs)
-        sum(losses.values()).div(n).backward()
-        total = {name: total.get(name, 0) + loss.detach() / n for name, loss in losses.items()}
-    return total
+def small_start(model: CLIPRC) -> None:
+    """Ours: start the head as the released code's uncalled initialiser would, and the layer on the
+    descriptors a hundred times smaller. See docs/differences.md."""
+    truncated_normal(model.zegclip or nn.ModuleList([model.ram, model.decoder]))
+    if model.ram:
+        for block in model.decoder.image_blocks:  # so does that initialiser
+            nn.init.zeros_(block.ffn[3].weight)
+        model.ram.descriptor_proj.weight.data *= 0.01
 
 
-def open_data(s: Settings) -> list[data.Dataset]:
-    """Sec. 4.1: the training and the validation split; the toy world by default."""
-    s.data_root = str(Path(s.data_root or toy.default_world()).resolve())
-    splits = [data.open_dataset(s.dataset, s.data_root, split) for split in ("train", "val")]
-    return [split if s.unseen is None else data.with_unseen(split, s.unseen) for split in splits]
-
-
-def build_model(s: Settings, visual: nn.Module) -> CLIPRC:
-    """Sec. 3: the model that the settings describe, its initial weights fixed by the seed."""
-    torch.manual_seed(s.seed)
-    same = ("regions", "update_regions", "ram", "align", "recovery_layers", "recovery_loss",
-            "initialiser", "descriptor_scale", "dropout", "recompute")
-    model = CLIPRC(visual, num_prompts=s.prompts, rdl=s.rdl and s.w_rec > 0,
-                   **{name: getattr(s, name) for name in same})
-    unit = model.encoder.patch_size * max(1, model.encoder.region_grid)
-    if s.crop_size % unit:
-        raise ValueError(f"--crop-size {s.crop_size}: not a multiple of {unit}, which --regions "
-                         f"{s.regions} and CLIP's patches need")
-    return model
-
-
-def starting_point(s: Settings, model: CLIPRC, optimizer: torch.optim.Optimizer,
-                   origin: dict) -> int:
-    """Load the weights that the run starts from, if any. Returns the step that it starts at.
-    origin: class names, unseen classes and so on, which a resumed run must share with last.pt."""
-    last = Path(s.out, "last.pt")
-    resumed = s.resume and last.exists()
-    if not (resumed or s.init):
-        return 0
-    path = last if resumed else s.init
-    checkpoint = read_checkpoint(path)
-    checkpoint_clip(checkpoint, path, s.clip)  # raises ValueError for another CLIP
+def load_start(source: str | Path, model: CLIPRC, settings: dict, resumed: bool) -> dict:
+    """The checkpoint that a run starts from; its weights are loaded. settings: what a resumed run
+    must share with it. Raises ValueError for a checkpoint that this run cannot start from."""
+    then = read_checkpoint(source)
     if resumed:
-        then = checkpoint["run"] | checkpoint
-        if "bfloat16" not in (then["precision"], s.precision):  # tf32 and float32 may alternate
-            then["precision"] = s.precision
-        require_same(path, then, asdict(s) | origin, MAY_CHANGE)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        require_same(source, then["run"] | then, settings)
     else:
-        free = {"initialiser", "descriptor_scale", "dropout", "recovery_loss"}
-        if model.recovery is None:  # a run without RDL may start from one with it
-            free |= {"rdl", "recovery_layers"}
-        require_same(path, checkpoint["model"], model.settings, free)
-        saw = {name for i, name in enumerate(checkpoint.get("class_names", ()))
-               if i not in checkpoint["unseen"] or checkpoint["run"]["setting"] == "supervised"}
-        leaked = saw & {origin["class_names"][i] for i in origin["unseen"]}
-        if leaked and s.setting != "supervised":
-            raise ValueError(f"--init {path}: its training saw masks of {min(leaked)}, which is "
-                             f"unseen here, so the result would not be zero-shot")
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    weights = {name: checkpoint["weights"][name] for name in trained}
-    model.load_state_dict(weights, strict=False)
-    return checkpoint["step"] if resumed else 0
+        free = ["dropout", "recovery_loss"] + ["rdl", "recovery_layers"] * (model.recovery is None)
+        same = {k: v for k, v in model.settings.items() if k not in free}  # has no weights: free
+        require_same(source, then["model"] | then, same | {"clip_digest": settings["clip_digest"]})
+        saw = {name for i, name in enumerate(then["class_names"])
+               if i not in then["unseen"] or then["run"]["setting"] == "supervised"}
+        leaked = saw & {settings["class_names"][i] for i in settings["unseen"]}
+        if leaked and settings["setting"] != "supervised":
+            raise ValueError(f"--init {source}: its training saw masks of {min(leaked)}, which is "
+                             "unseen here, so the result would not be zero-shot")
+        then = {"step": 0, "weights": then["weights"]}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.load_state_dict({name: then["weights"][name] for name in trained}, strict=False)
+    return then
 
 
-def train(s: Settings) -> dict | None:
-    """Sec. 4.2: one run. Returns Table 1's columns in percent, None if it was stopped."""
-    (train_data, val_data), out = open_data(s), Path(s.out)
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes, in one all-reduce."""
+    if world_size() > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        mean = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def main() -> None:
+    # -------------------------------------------------------------------------------- set-up
+    args = parse_settings()
+    device, parts = start_processes(args.device, args.precision), args.accumulate
+    train_data, val_data = (data.open_dataset(args.dataset, args.data_root, split, args.unseen)
+                            for split in ("train", "val"))
     names, unseen = train_data.class_names, train_data.unseen
     seen = [i for i in range(len(names)) if i not in unseen]
-    clip_path = clip_file(s.clip)  # downloads it, if need be, before processes wait for each other
-    device = start_processes(s.device, s.precision)
-    clip_model = load_clip(clip_path).to(device)
-    text = train_text = from_first(lambda: encode_text(clip_model, names, train_data.templates),
-                                   len(names), clip_model.text_projection.shape[1], device=device)
-    lower = 0.0
-    if s.setting == "inductive":  # training knows no other class name and no other mask
-        train_data, train_text, lower = data.seen_classes(train_data), text[seen], LOWER
-    model = build_model(s, clip_model.visual).to(device)
+    clip_model = load_clip(args.clip).to(device)
+    text = train_text = encode_text(clip_model, names, train_data.templates)  # T (C, D)
+    pseudo = unseen if args.setting == "transductive" else ()  # their pixels get pseudo labels
+    lower = LOWER if args.setting == "inductive" else 0.0
+    if args.setting == "inductive":  # the model is given the seen classes' names and masks alone
+        train_data, train_text = data.seen_classes(train_data), text[seen]  # (seen C, D)
+
+    torch.manual_seed(args.seed)
+    rdl = args.ram and args.recovery_loss != "none" and args.loss_weights[2] > 0
+    model = CLIPRC(clip_model.visual, num_prompts=args.prompts, regions=args.regions, ram=args.ram,
+                   update_regions=args.update_regions, align=args.align, dropout=args.dropout,
+                   rdl=rdl, recovery_layers=args.recovery_layers,
+                   recovery_loss=args.recovery_loss if rdl else "l1")
+    if args.small_start:
+        small_start(model)
+    model.to(device).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=s.lr, weight_decay=s.weight_decay,
-                                  fused=True)
-    image_names = str([image.parts[-2:] for image, _ in train_data.pairs])
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=args.weight_decay, fused=True)
+    unit, share = model.encoder.patch_size * max(1, model.encoder.region_grid), world_size() * parts
+    if args.crop_size % unit or args.batch_size % share:
+        raise ValueError(f"--crop-size must be a multiple of {unit} (--regions, CLIP's patches), "
+                         f"--batch-size of {share} (processes, --accumulate)")
+
+    out, log, start = Path(args.out), Path(args.out, "log.jsonl"), 0
+    files = str([image.parts[-2:] for image, _ in train_data.pairs])
     origin = {"class_names": list(names), "unseen": list(unseen),
               "templates": list(train_data.templates), "clip_digest": clip_digest(clip_model),
-              "images": hashlib.sha256(image_names.encode()).hexdigest()}
-    stride, right = s.crop_size * 426 // 512, {}  # right: each image's share of right pixels
-
-    def save(name: str, step: int) -> None:
-        weights = {name: parameter.detach() for name, parameter in trained.items()}
-        save_checkpoint(out / name, model.settings, weights, run=asdict(s),
-                        clip=s.clip if s.clip in CLIP_FILES else str(clip_path),
-                        text=text.cpu(), step=step, optimizer=optimizer.state_dict(), **origin)
-
-    def test(network: nn.Module, lower: float = lower) -> Tensor:
-        return evaluate(network, val_data, text, s.crop_size, stride, lower, seen, s.workers,
-                        s.precision, right=right if network is model else None)
-
-    start = starting_point(s, model, optimizer, origin)
-    with claim_folder(out, s.resume):
-        if rank() == 0:
-            cut_log(out / "log.jsonl", start)
-            print(f"{s.dataset}, {s.setting}: {len(train_data.pairs):,} images, {len(seen)} seen "
-                  f"and {len(unseen)} unseen classes; steps {start:,} to {s.iterations:,} of "
-                  f"{s.batch_size} images on {world_size()} x {device.type}"
-                  + f"; {train_data.note}" * bool(train_data.note), flush=True)
-        confusion = loop(s, model, optimizer, train_data, train_text, unseen, start, save, test)
-        if confusion is None:
-            return None
-        metrics = zero_shot_metrics(confusion, unseen)
-        untrained = MaskCLIP(clip_model.visual)
-        floor = zero_shot_metrics(test(untrained, 0.0), unseen)
-        if rank() == 0:
-            add_to_log(out / "log.jsonl", {"step": s.iterations, "result": metrics})
-            both = untrained, untrained_encoder(clip_model.visual, s.regions)
-            figures = partial(result_images, model, both, val_data, text, s.crop_size, stride,
-                              lower, seen)
-            images = figures()
-            images["worst.png"] = figures(sorted(right, key=right.get)[:6])["results.png"]
-            for name, image in images.items():
-                save_image(image, out / name)
-            print(class_table(confusion, names, unseen), end="\n\n")
-            print(paper_table({"MaskCLIP, untrained": floor, method_name(model): metrics}) + "\n")
-            print(mistakes_line(confusion, names))
-            print(f"in {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
-            print(f"next: python predict.py {out}/last.pt IMAGE labels an image of yours; eval.py "
-                  f"{out}/last.pt --unseen-names permuted is a control; your data: docs/data.md")
-    return metrics
-
-
-def loop(s: Settings, model: CLIPRC, optimizer: torch.optim.Optimizer, train_data: data.Dataset,
-         text: Tensor, unseen: tuple[int, ...], start: int, save: Callable[[str, int], None],
-         test: Callable[[CLIPRC], Tensor]) -> Tensor | None:
-    """Sec. 4.2: the steps from `start`. Returns the confusion matrix at the end, None if stopped.
-
-    text: T of the class names that training knows."""
-    device, log, signals = text.device, Path(s.out, "log.jsonl"), StopSignals()
-    trained = optimizer.param_groups[0]["params"]
-    samples = data.TrainSet(train_data, s.crop_size, s.seed, (s.scale_min, s.scale_max), s.jitter)
-    batches = data.GlobalBatches(len(samples), s.batch_size, s.iterations, s.seed, rank(),
-                                 world_size(), start)
-    loader = DataLoader(samples, batch_sampler=batches, num_workers=s.workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=data.leave_signals)
-    bar = Progress(total=s.iterations, initial=start, desc="training")
-    speed, stopping, confusion = Speed(device, s.precision, s.batch_size, start), False, None
-    pseudo = unseen if s.setting == "transductive" else ()
-    model.train()
-    signals.hold()
-    for step, (images, labels) in enumerate(loader, start):
-        # Dropout depends on seed, step and process only, so a resumed run repeats it.
-        dropout_seed = np.random.SeedSequence((s.seed, step, rank())).generate_state(1)[0]
-        torch.manual_seed(int(dropout_seed))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, s)
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
-        if step == start:
-            speed.count(lambda: backward(model, images, labels, text, s, pseudo))
-            for part in model.children() if s.compile else ():
-                part.compile()
-        optimizer.zero_grad()
-        losses = backward(model, images, labels, text, s, pseudo)
-        average_gradients(trained)
-        optimizer.step()
-
-        done = step + 1
-        logging = done % s.log_every == 0
-        stopping = bool(signals.received)
-        if world_size() > 1:  # all of them stop together
-            stopping = logging and any_process(stopping, device)
-        testing = (done % s.val_every == 0 or done == s.iterations) and not stopping
-        saving = done % s.save_every == 0 or testing or stopping
-        halfway = done == s.iterations // 2 and s.setting == "inductive"
-        if logging or saving:
-            values = {name: mean_over_processes(loss).item() for name, loss in losses.items()}
-            values = {"loss": sum(values.values())} | values
-            if not math.isfinite(values["loss"]):
-                raise ValueError(f"step {done}: the loss is {values['loss']}; {s.out}/last.pt is "
-                                 f"from an earlier step; lower --lr")
-            figures = speed.read(done)
-            bar.set_postfix(values | figures, refresh=False)
-            if rank() == 0:
-                lr = learning_rate(step, s)
-                add_to_log(log, {"step": done, **values, "lr": lr, **figures})
-        bar.update()
-        if rank() == 0 and halfway:  # before last.pt, or a run resumed from that never writes it
-            save("half.pt", done)
-        if rank() == 0 and saving:
-            save("last.pt", done)
-        if stopping:
-            break
-        if testing:
-            signals.release()  # last.pt is up to date
-            confusion = test(model)
-            metrics = zero_shot_metrics(confusion, unseen)
-            if rank() == 0:
-                add_to_log(log, {"step": done, "val": metrics})
-                bar.write(f"step {done:,}: pAcc {metrics['pAcc']:.1f}  hIoU {metrics['hIoU']:.1f}  "
-                          f"mIoU(S) {metrics['mIoU_S']:.1f}  mIoU(U) {metrics['mIoU_U']:.1f}")
-            signals.hold()
-            speed.restart(done)
-    signals.release()
-    bar.close()
-    if not stopping:
-        return test(model) if confusion is None else confusion  # None: it was finished already
+              "images": hashlib.sha256(files.encode()).hexdigest()}
+    resumed = args.resume and (out / "last.pt").exists()
+    source = out / "last.pt" if resumed else args.init
+    if source:
+        settings = {k: v for k, v in (vars(args) | origin).items() if k not in MAY_CHANGE}
+        then = load_start(source, model, settings, resumed)
+        start = then["step"]
+        optimizer.load_state_dict(then.get("optimizer", optimizer.state_dict()))
+    samples = data.TrainSet(train_data, args.crop_size, args.seed, args.scale, args.jitter)
+    loader = DataLoader(samples, batch_sampler=data.GlobalBatches(
+        len(samples), args.batch_size, args.iterations, args.seed, rank(), world_size(), start),
+        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=own_group)
+    test = functools.partial(evaluate, dataset=val_data, text=text, crop=args.crop_size,
+                             stride=None, workers=args.workers, precision=args.precision)
+    for part in model.children() if args.compile else ():
+        part.compile()
+    start_log(log, start, args.resume)
     if rank() == 0:
-        print(f"stopped after step {done:,}; the same command with --resume continues from there")
-    if world_size() == 1:
-        sys.exit(128 + signals.received)  # as a program that the signal ended
-    return None
+        print(f"{args.dataset}, {args.setting}: {len(samples):,} images, {len(seen)} seen and "
+              f"{len(unseen)} unseen classes; steps {start:,} to {args.iterations:,} in {out}"
+              + f", from {source}" * bool(source) + f"; {train_data.note}" * bool(train_data.note))
+
+    # ------------------------------------------------------------------------------ the loop
+    saved, logged, logged_at, shown_at = start, start, time.monotonic(), -math.inf
+    try:
+        for step, (images, labels) in enumerate(loader, start):
+            # Dropout depends on seed, step and process alone, so a resumed run repeats it.
+            numbers = np.random.SeedSequence((args.seed, step, rank())).generate_state(1)
+            torch.manual_seed(int(numbers[0]))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+            optimizer.zero_grad()
+            means = {}
+            for x, y in zip(images.chunk(parts), labels.chunk(parts)):
+                with autocast(device, args.precision):
+                    losses = model.losses(x, y, train_text, args.loss_weights, pseudo)
+                (sum(losses.values()) / parts).backward()  # Eq. 11
+                means = {k: means.get(k, 0) + loss.detach() / parts for k, loss in losses.items()}
+            average_gradients([*trained.values()])
+            optimizer.step()
+
+            done = step + 1
+            testing = done % args.val_every == 0 and done < args.iterations
+            saving = testing or done % SAVE_EVERY == 0 or done == args.iterations
+            halfway = done == args.iterations // 2 and args.setting == "inductive"
+            if saving or done % LOG_EVERY == 0:
+                values = {name: mean_over_processes(loss).item() for name, loss in means.items()}
+                values = {"loss": sum(values.values())} | values
+                if not math.isfinite(values["loss"]):
+                    raise ValueError(f"step {done}: the loss is {values['loss']}; lower --lr; the "
+                                     f"newest checkpoint is of step {saved:,}")
+                speed = (done - logged) * args.batch_size / (time.monotonic() - logged_at)
+                logged, logged_at = done, time.monotonic()
+                line = {"step": done, **values, "lr": learning_rate(step, args), "images/s": speed}
+                add_to_log(log, line, show=logged_at > shown_at + 10)
+                shown_at = logged_at if logged_at > shown_at + 10 else shown_at
+            for name in ["half.pt"] * halfway + ["last.pt"] * saving:
+                save_checkpoint(out / name, model.settings, trained, run=vars(args), clip=args.clip,
+                                text=text, step=done, optimizer=optimizer.state_dict(), **origin)
+            saved = done if saving else saved
+            if testing:
+                metrics = zero_shot_metrics(test(model, lower=lower, seen=seen), unseen)
+                add_to_log(log, {"step": done, "val": metrics}, show=True)
+                logged_at = time.monotonic()
+    except (KeyboardInterrupt, SystemExit):
+        if rank() == 0:
+            print(f"--resume continues from step {saved:,}" if saved else "nothing is saved yet")
+        raise
+
+    # ------------------------------------------------------------------------------- the end
+    confusion, baseline = test(model, lower=lower, seen=seen), MaskCLIP(clip_model.visual)
+    metrics = zero_shot_metrics(confusion, unseen)
+    untrained = zero_shot_metrics(test(baseline, lower=0.0, seen=()), unseen)
+    add_to_log(log, {"step": args.iterations, "result": metrics})
+    if rank() == 0:
+        figures = result_images(model, val_data, text, args.crop_size, lower, seen)
+        for name, figure in figures.items():
+            save_image(figure, out / name)
+        print(class_table(confusion, names, unseen), end="\n\n")
+        print(paper_table({"MaskCLIP, untrained": untrained, model.name: metrics}))
+        print(f"\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}\nnext: python "
+              f"predict.py {out}/last.pt IMAGE; docs/data.md is about your own data")
 
 
 if __name__ == "__main__":
-    run_script(lambda: train(parse_settings()))
+    run_script(main)

@@ -17,8 +17,7 @@ def mask(path: Path, values: np.ndarray | list[int], size: tuple[int, int] = (60
     """Write a palette PNG: an array as it is, a list of values as vertical stripes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(values, list):
-        stripes = np.arange(size[0]) * len(values) // size[0]
-        values = np.resize(np.take(values, stripes), size[::-1])
+        values = np.resize(np.take(values, np.arange(size[0]) * len(values) // size[0]), size[::-1])
     image = Image.fromarray(values.astype(np.uint8))
     image.putpalette(bytes(range(256)) * 3)
     image.save(path)
@@ -40,9 +39,9 @@ def voc(root: Path) -> Path:
 
 def context(root: Path) -> Path:
     """Training image a, and v to test on."""
-    (root / "ImageSets" / "SegmentationContext").mkdir(parents=True)
+    (root / "ImageSets/SegmentationContext").mkdir(parents=True)
     for split, stem in (("train", "a"), ("val", "v")):
-        (root / "ImageSets" / "SegmentationContext" / f"{split}.txt").write_text(stem)
+        (root / f"ImageSets/SegmentationContext/{split}.txt").write_text(stem)
         picture(root / "JPEGImages" / f"{stem}.jpg")
         mask(root / "SegmentationClassContext" / f"{stem}.png", [0, 1, 59])
     return root
@@ -50,39 +49,21 @@ def context(root: Path) -> Path:
 
 def coco(root: Path, converted: bool = False) -> Path:
     """One image in each split, with every value of a mask, as published or as converted."""
-    unused = () if converted else (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-    values = [value for value in range(171 if converted else 182) if value not in unused]
+    values = range(171) if converted else np.setdiff1d(
+        range(182), (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90))  # no class has these
     for split in ("train2017", "val2017"):
         picture(root / "images" / split / "1.jpg")
-        file = f"1{'_labelTrainIds' * converted}.png"
-        mask(root / "annotations" / split / file, np.resize([*values, 255], (40, 60)))
-    return root
-
-
-def ade20k(root: Path) -> Path:
-    """One image in each split: other, wall, flag."""
-    for split in ("training", "validation"):
-        picture(root / "images" / split / "ADE_1.jpg")
-        mask(root / "annotations" / split / "ADE_1.png", [0, 1, 150])
-    return root
-
-
-def street(root: Path) -> Path:
-    """Your own data as CamVid has it: masks in colours, named like their image and _L."""
-    colours = np.uint8([(0, 0, 0), (128, 64, 128), (64, 0, 128), (64, 64, 0)]).repeat(15, 0)
-    (root / "masks/seq").mkdir(parents=True)
-    for stem in ("a", "seq/b", "seq/c"):
-        picture(root / "images" / f"{stem}.png")
-        Image.fromarray(np.stack([colours] * 40)).save(root / "masks" / f"{stem}_L.png")
-    lines = "128,64,128 = road  # grey", "64 0 128 = car", "64,64,0=*walker", "0,0,0 = -"
-    (root / "classes.txt").write_text("\n".join(lines))
+        mask(root / "annotations" / split / f"1{'_labelTrainIds' * converted}.png",
+             np.resize([*values, 255], (40, 60)))
     return root
 
 
 def folder(root: Path) -> Path:
     """Your own data: three classes, the last one unseen, and images of three kinds."""
-    for seed, file in enumerate(("one.jpg", "two.PNG", "three v2.webp")):
+    for seed, file in enumerate(("one.jpg", "two.PNG", "seq/three v2.webp")):
         picture(root / "images" / file, seed=seed)
-        mask(root / "masks" / f"{Path(file).stem}.png", [0, 1, 2, 255])
-    (root / "classes.txt").write_text("# my classes\n\nhäuser\nroad\n*tree top\n", "utf-8")
+        mask(root / "masks" / Path(file).with_suffix(".png"), [0, 1, 2, 255])
+    (root / "classes.txt").write_text("häuser\nroad\n* tree top\n", "utf-8")
+    (root / "train.txt").write_text("two.PNG\none\none\n")
+    (root / "val.txt").write_text("seq/three v2\n")
     return root

@@ -7,7 +7,7 @@ from util import draw, toy
 
 NAMES, GREY = ("car", "cow"), (90, 100, 110)
 PHOTO = Image.new("RGB", (60, 60), GREY)
-HALVES = np.repeat(np.array([[0, 255]], np.uint8), 30, 1).repeat(60, 0)  # (60, 60): car, not scored
+HALVES = np.uint8([[0, 255]]).repeat(30, 1).repeat(60, 0)  # (60, 60): car, no label
 
 
 def shows(image, colour, where=np.s_[:]) -> bool:
@@ -15,17 +15,11 @@ def shows(image, colour, where=np.s_[:]) -> bool:
 
 
 def test_classes_have_the_colours_of_voc_and_rugs_their_own_texture():
-    tiles = draw.fills([*(f"class {i}" for i in range(20)), "striped blue rug"])
+    tiles = draw.fills([*(f"class {i}" for i in range(20)), "Striped blue rug"])
     assert (tiles[14] == (192, 128, 128)).all() and (tiles[19] == (0, 64, 128)).all()
     assert (tiles[20] == toy.texture("striped", "blue").repeat(3, 0).repeat(3, 1)).all()
-    palette = np.reshape(draw.index_png_palette(NAMES), (256, 3))
-    assert palette[:2].tolist() == [[128, 0, 0], [0, 128, 0]] and (palette[2:] == 255).all()
-
-
-def test_a_segment_takes_its_class_colour_and_the_rest_stays_as_photographed():
-    pixels = np.asarray(draw.label_image(PHOTO, HALVES, NAMES, (), side=600))
-    assert (pixels[:, 300:] == GREY).all()
-    assert pixels[20, 20].tolist() == [114, 35, 38]  # 0.35 grey + 0.65 (128, 0, 0)
+    png = draw.palette_png(HALVES, NAMES)
+    assert np.array_equal(png, HALVES) and png.getpalette()[:7] == [128, 0, 0, 0, 128, 0, 255]
 
 
 def test_a_name_is_written_once_where_its_segment_is_widest_and_yellow_if_unseen():
@@ -37,34 +31,13 @@ def test_a_name_is_written_once_where_its_segment_is_widest_and_yellow_if_unseen
         assert written == [False, True] and shows(image, draw.YELLOW) == bool(unseen)
 
 
-def test_a_name_without_room_is_left_to_the_legend():
-    no_room, label = set(), HALVES.copy()
-    label[30, 30] = 1
-    image = draw.label_image(PHOTO, label, NAMES, (), 600, no_room)
-    legend = draw.grid([[image]], legend=[(draw.fills(NAMES)[1], "cow")])
-    assert no_room == {1} and shows(legend, (0, 128, 0), np.s_[image.height + 12:])
-
-
-def test_right_is_blue_wrong_is_orange_and_what_is_not_scored_is_left_alone():
-    prediction = np.repeat(np.uint8([[1], [0]]), 30, 0).repeat(60, 1)
-    image = np.asarray(draw.right_and_wrong(PHOTO, prediction, HALVES, side=600))
-    blue, orange = (13, 111, 167), (194, 94, 16)  # 0.15 grey + 0.85 RIGHT or WRONG
-    assert [shows(image, c, np.s_[:290]) for c in (blue, orange)] == [False, True]
-    assert [shows(image, c, np.s_[310:]) for c in (blue, orange)] == [True, False]
-    assert (image[:500, 300:] == GREY).all()
-
-
-def test_regions_are_marked_right_or_wrong_where_there_is_a_truth():
-    truth = np.array([[0, 1], [255, 1]])
-    image = draw.region_names(PHOTO, np.zeros((2, 2), int), NAMES, (), 600, truth)
-    for where, marks in ((np.s_[:300, :300], [True, False]), (np.s_[:300, 300:], [False, True]),
-                         (np.s_[300:, :300], [False, False])):
-        assert [shows(image, colour, where) for colour in (draw.RIGHT, draw.WRONG)] == marks
-        assert shows(image, draw.INK, where)  # every region has its name
-
-
-def test_the_mask_is_coloured_where_a_row_may_attend_to_a_column():
-    mask = np.random.default_rng(0).random((7, 7)) < 0.5
-    image = draw.mask_image(mask, [("cls", 1), ("prompts", 2), ("patches", 4), ("regions", 0)])
-    middles = 202 + np.arange(7) * 142 + 71
-    assert ((np.asarray(image)[np.ix_(middles, middles)] < 255).any(-1) == mask).all()
+def test_a_figure_shows_labels_by_their_colours_and_the_last_by_where_it_is_right():
+    label = HALVES.copy()
+    label[30, 30:40] = 1  # a cow too flat for its name, which goes into the legend
+    prediction = np.uint8([[0], [1]]).repeat(30, 0).repeat(60, 1)
+    figure = draw.figure([(PHOTO, [label, prediction], HALVES)], "abc", NAMES, ())
+    left, middle, right = (np.asarray(figure)[56:582, x:x + 526] for x in (12, 550, 1088))
+    assert (left == GREY).all() and (right[:450, 267:] == GREY).all()
+    assert shows(middle, (114, 35, 38))  # 0.35 grey + 0.65 (128, 0, 0)
+    assert shows(right[:258], (13, 111, 167)) and shows(right[268:], (194, 94, 16))  # blue, orange
+    assert shows(figure, (0, 128, 0), np.s_[586:])

@@ -12,13 +12,13 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from util.images import IGNORE
 from util.toy import RUGS, texture
 
-INK, GREY, PALE, WHITE = (25, 25, 25), (110, 110, 110), (220, 220, 220), (255, 255, 255)
+INK, GREY, WHITE = (25, 25, 25), (110, 110, 110), (255, 255, 255)
 GREEN, PINK, YELLOW = (0, 158, 115), (204, 121, 167), (255, 222, 60)
 RIGHT, WRONG = (0, 114, 178), (213, 94, 0)  # blue and orange, told apart by colour-blind eyes too
 VERDICTS = np.full((2, 24, 24, 3), [[[RIGHT]], [[WRONG]]], np.uint8)  # tiles; wrong is hatched
 VERDICTS[1, np.add(*np.indices((24, 24))) % 12 < 3] = INK
 TEXTURES = {f"{pattern} {colour} rug": texture(pattern, colour) for pattern, colour in RUGS}
-SIZES = (46, 40, 34, 29, 25, 22)  # of letters, for figures 1,600 pixels wide that pages halve
+SIZES = (46, 40, 34, 29, 25, 22)  # of letters: pages show these figures at half their size
 NOTE = "* unseen: no mask of this class in training"
 _font = functools.cache(ImageFont.load_default)
 
@@ -33,18 +33,27 @@ def fills(names: Sequence[str]) -> np.ndarray:
     return np.array(tiles, np.uint8).repeat(3, 1).repeat(3, 2)  # (C, 36, 36, 3)
 
 
-def index_png_palette(names: Sequence[str]) -> list[int]:
-    """The classes' mean colours for Image.putpalette: 768 numbers, white from C up to 255."""
-    white = np.full((256 - len(names), 3), 255)
-    return np.concatenate([fills(names).mean((1, 2)), white]).astype(int).ravel().tolist()
+def plain(names: Sequence[str], i: int) -> str:
+    """Class i's name without accents, or the number i: Pillow's own font has ASCII's letters."""
+    letters = unicodedata.normalize("NFKD", names[i])
+    legible = all(letter.isascii() or unicodedata.combining(letter) for letter in letters)
+    return letters.encode("ascii", "ignore").decode() if legible else str(i)
+
+
+def palette_png(labels: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """Labels (H, W) as an image of class numbers whose palette has the classes' mean colours."""
+    image, white = Image.fromarray(labels), np.full((256 - len(names), 3), 255)
+    colours = np.concatenate([fills(names).mean((1, 2)), white])  # (256, 3)
+    image.putpalette(colours.astype(int).ravel().tolist())
+    return image
 
 
 def _write(pen: ImageDraw.ImageDraw, free: np.ndarray, name: str, starred: bool = False,
-           fill: tuple | None = None, sizes: Sequence[int] = SIZES) -> tuple[slice, slice] | None:
+           sizes: Sequence[int] = SIZES) -> tuple[slice, slice] | None:
     """Write a name as large as the (H, W) bool area `free` allows, where that is most interior.
     An outline keeps the letters legible on any background. Returns the rows and columns that the
-    name fills, None where it finds no room. Accents are left out: Pillow's own font has none."""
-    name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode() + "*" * starred
+    name fills, None where it finds no room."""
+    name += "*" * starred
     layouts = dict.fromkeys(textwrap.fill(name, n, break_long_words=False)
                             for n in range(len(name), 0, -1))
     coarse = Image.fromarray(np.pad(free[::4, ::4], 1) * np.uint8(255))
@@ -62,7 +71,7 @@ def _write(pen: ImageDraw.ImageDraw, free: np.ndarray, name: str, starred: bool 
             y, x = np.unravel_index(np.where(fits, depth, -1).argmax(), fits.shape)
             x = np.clip(4 * x - 4 - (left + right) // 2, -left, free.shape[1] - right)
             y = np.clip(4 * y - 4 - (top + bottom) // 2, -top, free.shape[0] - bottom)
-            pen.text((x, y), text, fill or (YELLOW if starred else WHITE), stroke_fill=INK, **style)
+            pen.text((x, y), text, YELLOW if starred else WHITE, stroke_fill=INK, **style)
             return slice(y + top, y + bottom), slice(x + left, x + right)
 
 
@@ -75,8 +84,7 @@ def fit(image: Image.Image, side: int) -> Image.Image:
 def _paint(image: Image.Image, label: np.ndarray, tiles: np.ndarray,
            weight: float) -> tuple[Image.Image, np.ndarray]:
     """Mix each segment of a label with its tile, with a thin white line between segments.
-    label (H, W) uint8; where it is 255 the image stays as it was. weight: of the tile. Returns the
-    painted image and the label at the image's size."""
+    label (H, W) uint8; where it is 255 the image stays. Returns also the label at its size."""
     resized = Image.fromarray(label).resize(image.size, Image.Resampling.NEAREST)
     label, pixels = np.array(resized), np.array(image)
     y, x = np.indices(label.shape) % tiles.shape[1]
@@ -94,10 +102,10 @@ def label_image(image: Image.Image, label: np.ndarray, names: Sequence[str],
     star. side: the longer one. Classes that find no room for their names are added to no_room."""
     out, label = _paint(fit(image, side), label, fills(names), weight=0.65)
     for i in np.unique(label[label != IGNORE]).tolist():
-        place = _write(ImageDraw.Draw(out), label == i, names[i], i in unseen)
+        place = _write(ImageDraw.Draw(out), label == i, plain(names, i), i in unseen)
         if place:
             label[place] = IGNORE  # no other name goes there
-        elif no_room is not None:
+        elif no_room is not None and (label == i).mean() > 0.002:  # no specks
             no_room.add(i)
     return out
 
@@ -113,29 +121,25 @@ def right_and_wrong(image: Image.Image, prediction: np.ndarray, label: np.ndarra
     return out
 
 
-def region_names(image: Image.Image, answers: np.ndarray, names: Sequence[str],
-                 unseen: Collection[int], side: int,
-                 truth: np.ndarray | None = None) -> Image.Image:
-    """Paper Fig. 2: the class name that each region of an m x m grid is closest to, in its cell.
-    answers (m, m): rows of names. truth (m, m), if given: a cell's frame is blue where the answer
-    is right, orange and crossed out where it is wrong; where truth is 255 the name is grey."""
-    out = fit(image, side)
-    m, (width, height) = len(answers), out.size
-    for (r, c), i in np.ndenumerate(answers):
-        box = c * width // m, r * height // m, (c + 1) * width // m, (r + 1) * height // m
-        cell = out.crop(box)
-        pen, frame = ImageDraw.Draw(cell), (0, 0, cell.width - 1, cell.height - 1)
-        known = truth is not None and truth[r, c] != IGNORE
-        colour = WHITE if not known else RIGHT if truth[r, c] == i else WRONG
-        pen.rectangle(frame, outline=colour, width=12 if known else 1)
-        if colour == WRONG:
-            pen.line(frame, WRONG, 12)
-        free = np.zeros((cell.height, cell.width), bool)
-        free[14:-14, 14:-14] = True
-        _write(pen, free, names[i], i in unseen, None if known or truth is None else PALE,
-               range(cell.width // 5, 12, -2))
-        out.paste(cell, box)
-    return out
+def figure(rows: Sequence[tuple], headers: Sequence[str], names: Sequence[str],
+           unseen: Collection[int]) -> Image.Image:
+    """Paper Fig. 6, and Fig. 2, where a label is one class per region. rows: an image, its labels
+    (H, W), and None, or the truth: then the last label is shown by where it is right. A single
+    wide image stands above its labels."""
+    size, no_room, tiles = rows[0][0].size, set(), []
+    wide = len(rows) == 1 and size[0] > 1.6 * size[1]
+    side = 1560 if wide else 1580 // (1 + len(rows[0][1]))
+    for image, labels, truth in rows:
+        *painted, judged = (*labels, None) if truth is None else labels
+        tiles.append([fit(image, side)])
+        tiles[-1] += [label_image(image, label, names, unseen, side, no_room) for label in painted]
+        if truth is not None:
+            tiles[-1].append(right_and_wrong(image, judged, truth, side))
+    legend = [] if truth is None else [*zip(VERDICTS, ("right", "wrong"))]
+    legend += [(fills(names)[i], plain(names, i) + "*" * (i in unseen)) for i in sorted(no_room)]
+    if wide:
+        tiles, headers = [[tile] for tile in tiles[0]], ()
+    return grid(tiles, headers, legend, NOTE if unseen else "")
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str] = (),
@@ -160,7 +164,6 @@ def grid(rows: Sequence[Sequence[Image.Image]], headers: Sequence[str] = (),
     for i, (fill, text) in enumerate(legend):
         x, y = gap + i % columns * entry, tops[-1] + i // columns * line
         out.paste(Image.fromarray(np.tile(fill, (1, 2, 1))[:36, :54]), (x, y + 10))
-        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore")
         pen.text((x + 68, y + 28), text, INK, font, "lm")
     pen.text((gap, bottom + line / 2), note, GREY, font, "lm")
     return out
@@ -171,7 +174,6 @@ def mask_image(mask: np.ndarray, groups: Sequence[tuple[str, int]]) -> Image.Ima
     mask (E, E) bool, True = may attend; groups: (name, number of tokens) in the tokens' order."""
     names, counts = zip(*((name, count) for name, count in groups if count))
     side, margin, font = max(2, 1000 // len(mask)), 200, _font(34)
-    upright = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
     colours = np.array([GREY, (230, 159, 0), GREEN, PINK], np.uint8)[:len(counts)]
     squares = np.where(mask[..., None], colours.repeat(counts, 0), 255).astype(np.uint8)
     squares = squares.repeat(side, 0).repeat(side, 1)  # (side E, side E, 3)
@@ -186,5 +188,6 @@ def mask_image(mask: np.ndarray, groups: Sequence[tuple[str, int]]) -> Image.Ima
     for name, colour, start, count in zip(names, colours.tolist(), starts, counts):
         middle, edge = margin + start + side * count / 2, margin - 14
         pen.text((edge, middle), name, tuple(colour), font, "rm")
+        upright = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
         pen.text((middle - 20, edge - font.getlength(name)), name, tuple(colour), upright)
     return out

@@ -1,4 +1,4 @@
-"""Read, scale and save images and masks: the one way in and out for all image files."""
+"""Read and save images and masks: the one way in and out for all image files."""
 
 import os
 from pathlib import Path
@@ -12,12 +12,11 @@ IGNORE = 255  # label of a pixel without annotation
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+AnyImage = str | Path | Image.Image | np.ndarray  # an array is (H, W, 3) or (H, W), uint8
 
 
-def _open(path: Path, formats: tuple[str, ...]) -> tuple[Image.Image, str]:
-    """Return a file's Pillow image and the layout of its pixels in the file, such as "L;4"."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+def open_image(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")) -> tuple:
+    """A file's Pillow image and its pixels' layout there, such as "L;4". Raises ValueError."""
     try:
         # Some other formats are unsafe: Pillow opens PostScript by running Ghostscript.
         with Image.open(path, formats=formats) as image:
@@ -27,31 +26,24 @@ def _open(path: Path, formats: tuple[str, ...]) -> tuple[Image.Image, str]:
     except Exception as error:  # Pillow and its codecs raise a dozen types for damaged files
         reason = getattr(error, "strerror", None) or str(error).replace("\n", " ") or "damaged"
         raise ValueError(f"{path}: cannot be read as {' or '.join(formats)} ({reason}); "
-                         "save it again in that format") from None
+                         "save it again as a PNG or JPEG of fewer than "
+                         f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
 
 
-def read_image(path: str | Path, has_mask: bool = False) -> Image.Image:
-    """Read a JPEG, PNG or WebP file as an upright 8-bit RGB image. Transparent pixels become white.
-
-    has_mask: refuse an image that its EXIF data turns, since the mask would not turn with it.
-    Raises FileNotFoundError; ValueError for a damaged file or 16 bits with 12 or fewer in use.
-    """
-    image, layout = _open(Path(path), ("JPEG", "PNG", "WEBP"))
-    if has_mask and image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
-        raise ValueError(f"{path}: its EXIF orientation turns the image but not its mask; "
-                         "save the image upright and without EXIF data")
+def read_image(image: AnyImage, has_mask: bool = False) -> Image.Image:
+    """A file, a Pillow image or an array as an upright 8-bit RGB image, white where transparent.
+    has_mask: refuse an image that its EXIF data turns, as its mask would not. Raises ValueError."""
+    name = "image"
+    if isinstance(image, (str, Path)):
+        name, image = image, open_image(Path(image))[0]
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if has_mask and image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
+        raise ValueError(f"{name}: its EXIF orientation turns the image but not its mask; "
+                         "python -m tools.prepare FOLDER OUT turns both")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    # Pillow itself drops the low byte of 16-bit colours, so the values cannot be scaled here.
-    if "16" in layout and image.convert("L").getextrema()[1] < 16:
-        raise ValueError(f"{path}: a 16-bit image that uses 12 bits or less would become black; "
-                         "scale its values to 8 bits and save it again")
-    return on_white(image)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """An image in RGB; transparent pixels become white."""
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -59,20 +51,12 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Read a grey or palette PNG as (H, W) uint8: the values as they are in the file.
-    Raises FileNotFoundError; ValueError for colours, a value above 255 or a damaged file."""
-    mask, layout = _open(Path(path), ("PNG",))
-    if mask.mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(f"{path}: holds colours ({mask.mode}), not class numbers; write them into "
-                         "classes.txt (`python -m tools.check_data --dataset folder --data-root "
-                         "FOLDER --suggest` prints them) or save a PNG whose palette index is the "
-                         "class number (quantize() makes up its own)")
-    values = np.asarray(mask)  # (H, W)
-    if values.max() > IGNORE:
-        raise ValueError(f"{path}: value {values.max()} is above 255; save one class number per "
-                         "pixel, and 255 for pixels of no class")
-    # Pillow spreads the values of 2-bit and 4-bit grey over 0..255; this undoes it.
-    return values.astype(np.uint8) // {"L;2": 85, "L;4": 17}.get(layout, 1)
+    """An 8-bit grey or palette PNG's values, (H, W) uint8. Raises ValueError for another file."""
+    mask, layout = open_image(Path(path), ("PNG",))
+    if mask.mode not in ("L", "P") or layout in ("L;2", "L;4"):  # Pillow spreads those over 0..255
+        raise ValueError(f"{path}: {layout or mask.mode}, where a PNG of 8-bit class numbers is "
+                         "read; python -m tools.prepare FOLDER OUT makes such masks of others")
+    return np.array(mask)  # (H, W)
 
 
 def normalise(image: np.ndarray) -> torch.Tensor:
@@ -81,23 +65,31 @@ def normalise(image: np.ndarray) -> torch.Tensor:
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def fit_size(size: tuple[int, int], long_side: int, short_side: int) -> tuple[int, int]:
-    """Released code: scale (width, height) in proportion to just fit long_side x short_side."""
-    scale = min(long_side / max(size), short_side / min(size))
-    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Released code: change brightness, contrast, saturation and hue, each half the time."""
+    low, high, otherwise = np.array([(-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-18, 18, 0)]).T
+    brightness, contrast, saturation, hue = np.where(
+        rng.random(4) < 0.5, rng.uniform(low, high), otherwise)  # hue: of 180 for a full turn
+    contrast_first = rng.random() < 0.5
+    image = image.point(lambda value: value + brightness)  # Pillow rounds and clips to 0..255
+    if contrast_first:
+        image = image.point(lambda value: value * contrast)
+    if saturation != 1 or hue:
+        h, s, v = image.convert("HSV").split()
+        h = h.point(lambda value: round(value + hue * 256 / 180) % 256)
+        s = s.point(lambda value: value * saturation)
+        image = Image.merge("HSV", (h, s, v)).convert("RGB")
+    return image if contrast_first else image.point(lambda value: value * contrast)
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
-    """Save under a temporary name, then rename: an old file is replaced whole or not at all.
-    Creates the folder. Raises ValueError for a suffix that Pillow cannot write."""
+    """Save a PNG under a temporary name, then rename: an old file is replaced whole or not at all.
+    Creates the folder."""
     path = Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"{path}: images cannot be saved with this suffix; use .png or .jpg")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        image.save(unfinished, kind)
+        image.save(unfinished, "PNG")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -1,50 +1,44 @@
-"""Processes and devices (paper Sec. 4.2: "8 GPUs"): joining them, averaging over them, and what a
-script prints of its progress and its errors. Without torchrun there is one process.
-"""
+"""Processes and devices (paper Sec. 4.2: "8 GPUs"), and what a script prints."""
 
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+PRECISIONS = ("tf32", "float32", "bfloat16")
+
 
 def start_processes(device: str, precision: str = "tf32") -> torch.device:
-    """Join the processes that torchrun started, if it did. Return this process's device.
-    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". Raises ValueError for a
-    device that is not there."""
+    """Join the processes that torchrun started, if it did. Returns this process's device. device:
+    "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". Raises ValueError for another."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch finds no GPU here; try --device cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     try:
         device = torch.zeros(1, device=device).device
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"--device {device}: not usable; give auto, cpu or cuda") from error
-    if device.type == "cuda":
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: not usable here; give auto or cpu") from error
+    if cuda := device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
+        # After torchrun --max-restarts the store still holds the dead processes' addresses, so each
+        # restart gets a prefix. Several machines count restarts separately and have none.
         store, number, world = next(rendezvous("env://"))
-        # After torchrun --max-restarts the store still holds the dead processes' addresses
-        # (PyTorch 2.13), so each restart gets a prefix of its own. Several machines count their
-        # restarts separately, so they keep the plain store.
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        cuda = device.type == "cuda"
-        # Half an hour: the first process also draws images while the others wait.
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number,
                                 world_size=world, device_id=device if cuda else None,
-                                timeout=timedelta(minutes=30))
+                                timeout=timedelta(minutes=30))  # while the first one draws images
     if precision == "bfloat16" and slow_bfloat16(device) and rank() == 0:
         print(f"{device.type} has no instructions for bfloat16: float32 is faster here")
     return device
@@ -60,26 +54,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    """Wait until all processes have come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def cores() -> int:
-    """How many processor cores each of this machine's processes may use."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def from_first(compute: Callable[[], Tensor], *shape: int, device: torch.device) -> Tensor:
-    """What `compute` returns on the first process, sent to all of them."""
-    value = compute() if rank() == 0 else torch.empty(shape, device=device)
-    if dist.is_initialized():
-        dist.broadcast(value, 0)
-    return value
-
-
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of a tensor over the processes; the tensor itself without torchrun."""
     if dist.is_initialized():
@@ -89,32 +63,10 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, in one all-reduce."""
-    if not dist.is_initialized():
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    mean = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(part.view_as(gradient))
-
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    """True on every process if `flag` is true on one, so that all leave a loop together."""
-    return bool(mean_over_processes(torch.tensor(float(flag), device=device)))
-
-
-PRECISIONS = ("tf32", "float32", "bfloat16")
-# Matrix products of NVIDIA's cards at best, in 10^12 multiplications and additions a second:
-# in tf32 and in bfloat16, without sparsity, by NVIDIA's data sheets.
-PEAKS = {"A100": (156, 312), "H100 PCIe": (378, 756), "H100": (494, 989), "H200": (494, 989),
-         "L40S": (183, 362), "RTX 3090": (35.6, 71), "RTX 4090": (82.6, 165)}
-
-
 def autocast(device: torch.device, precision: str):
     """A context manager in which matrix products have a precision; the one place that sets it.
-    tf32 keeps 10 bits of a factor's fraction (on a CPU it is float32); the released code's
-    PyTorch 1.10 had it on. bfloat16 keeps 7."""
+    tf32 keeps 10 bits of a factor's fraction (on a CPU it is float32), bfloat16 7. The released
+    code's PyTorch 1.10 had tf32 on."""
     tf32 = device.type == "cuda" and precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
@@ -130,47 +82,33 @@ def slow_bfloat16(device: torch.device) -> bool:
     """Whether a device has no instructions for bfloat16, so that it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) < (8, 0)
-    flags = Path("/proc/cpuinfo")  # Linux on x86; elsewhere we cannot tell
-    return flags.exists() and "flags" in (text := flags.read_text()) and "avx512_bf16" not in text
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "flags" in text and "avx512_bf16" not in text  # Linux on x86; elsewhere we cannot tell
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The card's best rate in floating-point operations a second; None for a card not in PEAKS."""
-    if device.type == "cuda" and precision != "float32":
-        name = torch.cuda.get_device_name(device)
-        for card, peaks in PEAKS.items():
-            if card in name:
-                return 1e12 * peaks[precision == "bfloat16"]
-    return None
+def own_group(worker: int) -> None:
+    """A DataLoader's worker_init_fn: Ctrl-C reaches the main process alone, which ends them."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
-class Progress(tqdm):
-    """tqdm on the first process; where no bar can be shown (a file, Slurm), a line every 10 s."""
-
-    def __init__(self, iterable=None, desc: str = "", **more) -> None:
-        self.lines, self.next_line = not sys.stderr.isatty(), time.monotonic() + 10
-        if self.lines:
-            more |= {"file": sys.stdout, "mininterval": 1, "miniters": 1, "leave": False,
-                     "bar_format": "{desc}: {n_fmt} of {total_fmt}{postfix}, {remaining} left"}
-        super().__init__(iterable, desc, disable=rank() > 0, **more)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Show the bar; without a terminal print a line, at most every ten seconds."""
-        if not self.lines:
-            super().display(msg, pos)
-        elif time.monotonic() > self.next_line and msg is None:
-            self.next_line = time.monotonic() + 10
-            print(self, flush=True)
-
-    def clear(self, nolock: bool = False) -> None:
-        """Remove the bar for a moment; a printed line stays."""
-        if not self.lines:
-            super().clear(nolock)
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
+    """Yield the items and show how many are done: a bar in a terminal, else a line every 10 s."""
+    if sys.stderr.isatty() or rank():
+        yield from tqdm(items, what, total, leave=False, disable=rank() > 0)
+        return
+    total, told = total or len(items), time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() > told + 10:
+            told = time.monotonic()
+            print(f"{what}: {done:,} of {total:,}", flush=True)
+        yield item
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`. Unusable input ends it with one line on stderr and exit code 2.
-    Of several processes, the one that found the fault reports it; the others end with code 1."""
+    """Run a script's `main`. Unusable input ends it with one line on stderr and exit code 2, Ctrl-C
+    with 130, SIGTERM with 143. Of several processes the one that found the fault reports it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except KeyboardInterrupt:
@@ -178,11 +116,13 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         # From a DataLoader's worker comes its traceback, whose last line begins with the type.
         line = str(error).strip().split("\n")[-1].removeprefix(f"{type(error).__name__}: ")
+        if "DataLoader worker" in str(error) and isinstance(error, RuntimeError):
+            error = ValueError(line := line + "; a container needs --shm-size 8g, or --workers 0")
         if isinstance(error, (ValueError, OSError)):
             sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in line):
+        if not (isinstance(error, dist.DistError) or "gloo" in line):
             raise
-        sys.exit(f"process {dist.get_rank()} stopped: it has lost another process ({line})")
+        sys.exit(f"process {rank()} stopped: it has lost another process ({line})")
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()

@@ -1,14 +1,12 @@
 """A small drawn world in the layout of PASCAL VOC, for trying the method on a laptop.
 
 A scene is a floor with one to three rugs. A class is a pattern and a colour: "striped blue rug".
-The CLIP has read captions of 24 kinds of rug and never met a mask (tools/pretrain_toy_clip.py). The
-data set has 20 of them, and the segmentation is trained on the masks of 15. Four of the unseen five
-are new combinations of a pattern and a colour that other masks show. No mask shows the fifth's
-colour, purple.
-
-The drawing uses only integers, so a seed gives the same pixels on every machine.
+CLIP has read captions of 24 kinds of rug (docs/pretrain_toy_clip.py). The data set has 20 of them,
+15 with masks. Of the unseen five, four are new combinations of a pattern and a colour that masks
+show, and no mask shows the fifth's colour. Integers alone: a seed's pixels are the same everywhere.
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -17,14 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from util.processes import Progress
+from util.processes import progress
 
 SIZE = 64  # pixels along a side of a scene: 8 x 8 patches of 8 pixels
 PATTERNS = ("plain", "striped", "checked", "dotted")
 COLOURS = {"red": (200, 36, 40), "orange": (240, 128, 36), "yellow": (246, 214, 70),
            "green": (56, 164, 92), "blue": (40, 104, 210), "purple": (160, 84, 190)}
 DARK, CREAM = (40, 40, 44), (236, 228, 206)
-Rug = tuple[str, str]  # pattern, colour
 RUGS = tuple((pattern, colour) for colour in COLOURS for pattern in PATTERNS)  # in the captions
 CLASSES = tuple(rug for rug in RUGS if rug == ("dotted", "purple")
                 or rug[1] != "purple" and rug != ("checked", "orange"))  # in the data set
@@ -34,19 +31,7 @@ UNSEEN = tuple(map(CLASSES.index, (("checked", "red"), ("plain", "orange"), ("st
 TEMPLATE = "a photo of a {}"
 
 TURNS = np.array([(65, 0), (63, 16), (60, 25), (63, -16), (60, -25)])  # 65 cos, 65 sin: integers
-MARKER, DRAWING = "toy_world.txt", "toy world, drawing 3"  # counts changes of a seed's pixels
 WORLD = Path(__file__).resolve().parent.parent / "runs" / "toy_world"
-
-
-def caption(rugs: Sequence[Rug]) -> str:
-    """The caption of a scene: "a photo of a plain red rug and a dotted blue rug"."""
-    return TEMPLATE.format(" and a ".join(f"{pattern} {colour} rug" for pattern, colour in rugs))
-
-
-def new_attributes(names: Sequence[str], unseen: Sequence[int]) -> list[int]:
-    """The unseen classes with a pattern or a colour that no seen class has: only CLIP knows it."""
-    shown = {word for i, name in enumerate(names) if i not in unseen for word in name.split()}
-    return [i for i in unseen if not shown.issuperset(names[i].split())]
 
 
 def one_to_three(rng: np.random.Generator, items: Sequence) -> list:
@@ -69,7 +54,8 @@ def texture(pattern: str, colour: str) -> np.ndarray:
     return np.array((COLOURS[colour], DARK, CREAM), np.uint8)[_marks(pattern, u, v, step=12)]
 
 
-def draw_scene(rng: np.random.Generator, rugs: Sequence[Rug]) -> tuple[np.ndarray, np.ndarray]:
+def draw_scene(rng: np.random.Generator,
+               rugs: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
     """A scene in which each rug lies once and shows at least 100 pixels.
     Returns the image (64, 64, 3) and the mask (64, 64), uint8: 0 the floor, i + 1 the i-th rug."""
     Y, X = np.mgrid[:SIZE, :SIZE]  # int64
@@ -105,55 +91,28 @@ def draw_scene(rng: np.random.Generator, rugs: Sequence[Rug]) -> tuple[np.ndarra
     return image.clip(0, 255).astype(np.uint8), label
 
 
-def draw_world(folder: Path, train: int = 1500, val: int = 200, seed: int = 0) -> None:
-    """Draw `train` and `val` scenes for `data.open_dataset("toy", folder, ...)`.
-    A toy world of other settings is replaced; one of these settings is kept as it is.
-    Raises ValueError if the folder holds anything else."""
-    settings = f"{DRAWING}, train {train}, val {val}, seed {seed}\n"
-    if _marker(folder) == settings:
-        return
-    if folder.exists() and not _marker(folder) and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds something other than a toy world; move it away")
+def draw_world(folder: Path = WORLD, train: int = 1500, val: int = 200, seed: int = 0) -> Path:
+    """Draw `train` and `val` scenes for `data.open_dataset("toy", folder, ...)`, if they are not
+    there yet. Returns the folder."""
+    if (folder / "ImageSets").exists():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    palette = np.array([(0, 0, 0)] + [texture(*rug).mean((0, 1)) for rug in CLASSES], np.uint8)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary, "new")
-        _draw_files(new, {"train": train, "val": val}, seed)
-        (new / MARKER).write_text(settings)
-        if _marker(folder) not in ("", settings):
-            os.rename(folder, Path(temporary, "old"))
-        try:
+        for place in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+            (new / place).mkdir(parents=True)
+        for number, (split, count) in enumerate((("train", train), ("val", val))):
+            names = [f"{split}_{i:05d}" for i in range(count)]
+            for i, name in enumerate(progress(names, f"drawing {split}")):
+                rng = np.random.default_rng((seed, number, i))
+                classes = one_to_three(rng, range(len(CLASSES)))
+                image, label = draw_scene(rng, [CLASSES[c] for c in classes])
+                Image.fromarray(image).save(new / f"JPEGImages/{name}.png")  # JPEG libraries differ
+                mask = Image.fromarray(np.array([0] + [c + 1 for c in classes], np.uint8)[label])
+                mask.putpalette(palette.tobytes())
+                mask.save(new / f"SegmentationClass/{name}.png")
+            (new / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
+        with contextlib.suppress(OSError):  # another process has drawn the same world meanwhile
             os.rename(new, folder)
-        except OSError:  # another process may have drawn the same world meanwhile
-            if _marker(folder) != settings:
-                raise
-
-
-def _marker(folder: Path) -> str:
-    """The text of a finished world's marker file, "" if there is none."""
-    return (folder / MARKER).read_text() if (folder / MARKER).is_file() else ""
-
-
-def _draw_files(root: Path, counts: dict[str, int], seed: int) -> None:
-    """Write a world's images, masks, lists and class names."""
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True)
-    names = (f"{'*' * (i in UNSEEN)}{name}\n" for i, name in enumerate(CLASS_NAMES))
-    (root / "classes.txt").write_text("".join(names))
-    palette = np.array([(0, 0, 0)] + [texture(*rug).mean((0, 1)) for rug in CLASSES], np.uint8)
-    for number, (split, count) in enumerate(counts.items()):
-        names = [f"{split}_{i:05d}" for i in range(count)]
-        for i, name in enumerate(Progress(names, f"drawing {split}")):
-            rng = np.random.default_rng((seed, number, i))
-            classes = one_to_three(rng, range(len(CLASSES)))
-            image, label = draw_scene(rng, [CLASSES[c] for c in classes])
-            Image.fromarray(image).save(root / f"JPEGImages/{name}.png")  # JPEG libraries differ
-            mask = Image.fromarray(np.array([0] + [c + 1 for c in classes], np.uint8)[label])
-            mask.putpalette(palette.tobytes())
-            mask.save(root / f"SegmentationClass/{name}.png")
-        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
-
-
-def default_world() -> Path:
-    """The folder of the world that train.py uses by default, drawn on first use."""
-    draw_world(WORLD)
-    return WORLD
+    return folder
