@@ -1,25 +1,19 @@
-"""Features of small CLIPs in transformers and OpenCLIP, written to tests/golden/clip_*.pt.
+# pip install transformers open_clip_torch && PYTHONPATH=.:tests python tests/golden/record_clips.py
+"""Features of small CLIPs in transformers and OpenCLIP, written to tests/golden/clip_*.pt."""
 
-    pip install transformers open_clip_torch && PYTHONPATH=. python tests/record_clip_files.py
-"""
-
-import math
-import zlib
 from copy import deepcopy
 
-import numpy as np
 import torch
+from conftest import TEXTS, weights
 
 from util.clip_files import tokenize
-from util.processes import run_script
 
-TEXTS = ["a photo of a dog", "tram", "the small traffic light in the scene."]
 WIDE = dict(hidden_size=64, num_attention_heads=1, intermediate_size=96, num_hidden_layers=2,
             image_size=64, patch_size=16)
 NARROW = WIDE | dict(hidden_size=48, num_attention_heads=3, hidden_act="gelu")
 OPEN_CLIP = {"vision_cfg": dict(width=48, head_width=16, mlp_ratio=3, layers=2, image_size=64),
              "text_cfg": dict(width=32, heads=4, layers=3)}
-CONFIGS = {  # both activations; heads and MLPs of several widths
+CONFIGS = {
     "hugging_face_gelu": {"vision_config": NARROW, "text_config": NARROW | {"hidden_size": 24}},
     "hugging_face_quick_gelu": {"vision_config": WIDE, "text_config": NARROW,
                                 "text_config_dict": WIDE | {"eos_token_id": 2}},
@@ -27,22 +21,11 @@ CONFIGS = {  # both activations; heads and MLPs of several widths
     "open_clip_quick_gelu": OPEN_CLIP | {"quick_gelu": True, "custom_text": True}}
 
 
-def weights(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
-    """Random tensors of these shapes that depend on their names only, on every machine."""
-    tensors = {}
-    for name, shape in shapes.items():  # NumPy promises that this generator never changes
-        x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-        x = x * 1.5 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else x / 3
-        tensors[name] = torch.tensor(x + (".weight" in name and len(shape) == 1)).float()
-    return tensors
-
-
 @torch.no_grad()
 def main() -> None:
     """Record G (2, D), I (2, N, D) and T (3, D); the weights follow from their names."""
     import open_clip
     import transformers
-
     images, tokens = weights({"images": (2, 3, 64, 64)})["images"], tokenize(TEXTS, 77)
     for name, config in CONFIGS.items():
         if name.startswith("hugging_face"):
@@ -67,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()
