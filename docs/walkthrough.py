@@ -28,19 +28,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 import data
-from eval import (LOWER, class_iou, confusion_matrix, slide_inference, untrained_encoder,
-                  window_corners, zero_shot_metrics)
-from model import model_from_checkpoint, nel_losses, one_hot, pseudo_labels, segmentation_map
+from eval import (LOWER, class_iou, confusion_matrix, label_map, slide_inference, window_corners,
+                  zero_shot_metrics)
+from model import model_from_checkpoint, nel_losses, pseudo_labels, segmentation_map
+from predict import untrained_encoder
 from rlb_attention import masked_attention, region_mask
 from util import draw, toy
-from util.checkpoint import TOY_MODEL, encode_names, read_checkpoint
+from util.checkpoint import TOY_MODEL, checkpoint_clip, read_checkpoint
+from util.clip_files import encode_text
 from util.images import IGNORE, normalise
 
 SCENE = 148  # of the 200 that training does not use
 torch.set_grad_enabled(False)
 checkpoint = read_checkpoint(TOY_MODEL)
 model = model_from_checkpoint(checkpoint, TOY_MODEL)
-dataset = data.open_dataset("toy", toy.default_world(), "val")
+dataset = data.open_dataset("toy", toy.draw_world(), "val")
 names, unseen, C = dataset.class_names, list(dataset.unseen), len(dataset.class_names)
 seen = [c for c in range(C) if c not in unseen]
 scene, label = data.read_pair(dataset, SCENE)
@@ -64,7 +66,8 @@ def labelled(prediction):  # (64, 64); the floor is left out, as it belongs to n
     prediction = torch.where(label == IGNORE, IGNORE, prediction).byte().numpy()
     return draw.label_image(scene, prediction, names, unseen, 384)
 
-answer = slide_inference(model, images, checkpoint["text"], 64, 53, LOWER, seen).argmax(0)
+scores = slide_inference(model, images, checkpoint["text"], 64, 53)  # (C, 64, 64)
+answer, _ = label_map(scores, label.shape, seen, LOWER)  # (64, 64), class numbers
 given = torch.where(torch.isin(label, torch.tensor(unseen)), IGNORE, label)
 draw.grid([[draw.fit(scene, 384), labelled(given), labelled(answer)]],
           ["the scene", "mask for training", "the answer"], note=draw.NOTE)
@@ -86,7 +89,7 @@ draw.grid([[draw.fit(scene, 384), labelled(given), labelled(answer)]],
 # from the others. This is *attention*. At the end, [CLS] is the image's feature $G$. The halves
 # were trained so that the dot product of image and caption, at most 1, is high:
 # %%
-T = encode_names(checkpoint, TOY_MODEL, names, dataset.templates)  # (C, D), by CLIP's text encoder
+T = encode_text(checkpoint_clip(checkpoint, TOY_MODEL), names, dataset.templates)  # (C, D)
 untrained = untrained_encoder(model.encoder.visual, regions=16)  # CLIP as it is
 G_clip, I_clip, R_clip = untrained(images)
 for c in (G_clip[0] @ T.T).argsort(descending=True)[:4]:
@@ -117,10 +120,11 @@ def watch(part):  # a list that gets (inputs, output) of a part of the model whe
     return calls
 
 blocks = model.encoder.visual.transformer.resblocks
-layers, aligned = [watch(block.ln_1) for block in blocks], watch(model.ram)
+layers = [watch(block.ln_1) for block in blocks]
+aligned, joined = watch(model.ram), watch(model.ram.image_proj)
 both = zip(model.decoder.image_blocks, model.decoder.descriptor_blocks)
 decoder_layers = [[watch(block) for block in pair] for pair in both]
-logits, I, I_d, R_hat, R_d = model.features(images, T)  # all of Fig. 3 (a), once
+logits, I, R_hat, I_d, R_d = model.features(images, T)  # all of Fig. 3 (a), once
 X0 = layers[0][0][0][0][0]  # what the first layer was given
 assert torch.equal(X0[-M:], X0[-1:].expand(M, -1))  # the region tokens
 print(f"{len(X0)} = 1 + {K} + {N} + {M} tokens of {X0.shape[1]} numbers")
@@ -200,10 +204,10 @@ for title, tokens, n in (("region tokens", R_all, m), ("patch tokens", I_all, 8)
     print(f"{title:<14} {right.float().mean():4.0%} of {len(right):,} on rugs named correctly")
 # %% names.png: Untrained CLIP names the regions well and the patches badly
 regions, patches = ((tokens[0] @ T.T).argmax(-1).numpy() for tokens in (R_clip, I_clip))
-regions, patches = regions.reshape(m, m), patches.reshape(8, 8).repeat(8, 0).repeat(8, 1)
-middles, truth = label[8::16, 8::16].numpy(), label.numpy()
-draw.grid([[draw.region_names(scene, regions, names, unseen, 600, middles),
-            draw.right_and_wrong(scene, patches, truth, 600)]],
+regions, patches = (np.uint8(answers).reshape(n, n).repeat(64 // n, 0).repeat(64 // n, 1)
+                    for answers, n in ((regions, m), (patches, 8)))  # (64, 64)
+draw.grid([[draw.label_image(scene, regions, names, unseen, 600),
+            draw.right_and_wrong(scene, patches, label.numpy(), 600)]],
           ["each region's name", "each patch's name"], [*zip(draw.VERDICTS, ("right", "wrong"))])
 # %% [markdown]
 # This is the observation behind the paper. CLIP as it is recognises regions, but not patches:
@@ -216,14 +220,14 @@ draw.grid([[draw.region_names(scene, regions, names, unseen, 600, middles),
 # $$\hat I = \mathrm{Concat}(\mathrm{Upsample}(G), \mathrm{Upsample}(R), I)$$
 # Each patch gets three vectors, one behind the other: what the image shows, what the region around
 # it shows, what the patch itself shows. $\hat I$ has {{ N }} rows of 3 × {{ D }} numbers.
-# {{ excerpt("model.RegionAlignment.forward", "m = math", "I_hat") }}
+# {{ excerpt("model.RegionAlignment.forward", "m, G_up = math", "I_hat =") }}
 # %% aligned.png: The patches' features as colours: I alone, I with R, I with G
 def colours(x, like=None):  # (N, D): the directions of most difference are red, green and blue
     basis = torch.linalg.svd((x if like is None else like) - x.mean(0))[2][:3]  # (3, D)
     place = (x - x.mean(0)) @ (basis * basis.sum(1, keepdim=True).sign()).T  # (N, 3)
     pixels = 255 * (0.5 + place / (4 * place.std(0))).clamp(0, 1).view(8, 8, 3)
     return draw.fit(Image.fromarray(pixels.byte().numpy()), 384)
-(G, _, R, _, _), (I_hat, _) = aligned[0]
+(G, _, R, _, _), ((I_hat,), _) = aligned[0][0], joined[0]
 G_up, R_up = I_hat[0].split(D, -1)[:2]
 draw.grid([[colours(torch.cat(x, -1)) for x in ([I[0]], [R_up, I[0]], [G_up, I[0]])]],
           ["I alone", "with R", "with G"])
@@ -237,7 +241,7 @@ draw.grid([[colours(torch.cat(x, -1)) for x in ([I[0]], [R_up, I[0]], [G_up, I[0
 # question in every image. So each name is multiplied, number by number ($\odot$), with what each
 # region shows, and kept beside the product. That makes one descriptor for each region and each
 # name, $M \cdot C$ = {{ M * C }}. One reads "{{ names[rug] }}, in the light of region 8".
-# {{ excerpt("model.RegionAlignment.forward", "R_a =", "R_hat") }}
+# {{ excerpt("model.RegionAlignment.forward", "R_a =", "R_hat =") }}
 # %% descriptors.png: For the three names, how well each region fits
 fit = R_hat[0, ..., :D].sum(-1)  # (M, C): the sum of each product T * R_a ...
 assert torch.allclose(fit, (G + R[0]) @ T.T, atol=1e-4)  # ... is a dot product
@@ -316,16 +320,18 @@ draw.grid([[colours(I[0]), colours(I_d[0]), colours(I_r[0], I[0])]],
 # writes binary cross entropy. The released code adds the **dice** loss, for overlap, to the
 # **focal** loss: cross entropy times $(1 - p_t)^2$, where $p_t$ is the probability of the right
 # answer. The factor mutes what is answered well.
-# {{ excerpt("model.nel_losses", "t = one_hot", "focal =") }}
+# {{ excerpt("model.nel_losses", "classes =", "focal =") }}
 # In training, the {{ names[rug] }} and the floor are "no" for each of the {{ len(seen) }} names:
 # %%
 shown = data.seen_classes(dataset).shown  # class number -> number among the seen ones, or IGNORE
 seen_label = torch.from_numpy(shown[label.numpy()])[None]  # (1, 64, 64)
-x, t = model(images, T[seen]), one_hot(seen_label, len(seen)).float()  # (1, 15, 64, 64)
+x = model(images, T[seen])  # (1, 15, 64, 64)
+t = (seen_label == torch.arange(len(seen))[:, None, None])[None].float()  # the same shape
 entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none")
 p_t = (x * (2 * t - 1)).sigmoid()  # the probability of the right answer
 focal = (0.25 * t + 0.75 * (1 - t)) * (1 - p_t)**2 * entropy
-assert torch.allclose(focal.mean((2, 3)).sum(), nel_losses(x, seen_label, torch.tensor(1.0))[0])
+pairs = t.amax((2, 3)).sum()  # how many of the classes are in the image
+assert torch.allclose(focal.mean((2, 3)).sum() / pairs, nel_losses(x, seen_label)[0])
 for title, values in (("cross entropy", entropy), ("focal loss", focal)):
     pixels = values.sum(1).flatten().sort(descending=True).values
     print(f"{title:<14} {pixels[:205].sum() / pixels.sum():.0%} of it from 5% of the pixels")
@@ -355,11 +361,11 @@ print("(top, left) of each window:", window_corners(64, 128, 64, 53))
 # name {{ rug_mean[rug]:.2f}}. So the released code takes {{ LOWER }} off every seen class's score
 # before the largest one wins, if training knew no unseen names. (The paper does not say so.)
 # %%
-plain = slide_inference(model, images, T, 64, 53, lower=0)  # (C, 64, 64)
+plain = slide_inference(model, images, T, 64, 53)  # (C, 64, 64)
 rug_mean = plain[:, label == rug].mean(1)  # (C): each name's mean score on the unseen rug
 rival = max(seen, key=lambda c: rug_mean[c])
 for lower in (0, LOWER, 0.5):
-    right = slide_inference(model, images, T, 64, 53, lower, seen).argmax(0) == label
+    right = label_map(plain, label.shape, seen, lower)[0] == label
     print(f"{lower:<3} off: {right[label == rug].float().mean():4.0%} of the unseen rug right, "
           f"{right[given != IGNORE].float().mean():4.0%} of the seen ones")
 # %% lowered.png: The same scene without and with 0.1 taken off the seen classes
@@ -374,9 +380,10 @@ draw.grid([[labelled(plain.argmax(0)), labelled(answer),
 # were called. To keep it small, let only the four classes of the wide image compete:
 # %%
 four = wide_label[wide_label != IGNORE].unique().tolist()
-scores = slide_inference(model, wide, T, 64, 53, LOWER, seen)[four]  # (4, 64, 128)
+scores = slide_inference(model, wide, T, 64, 53)[four]  # (4, 64, 128)
+found, _ = label_map(scores, wide_label.shape, [i for i in range(4) if four[i] in seen], LOWER)
 number = torch.full((256,), IGNORE).index_copy(0, torch.tensor(four), torch.arange(4))
-matrix = confusion_matrix(scores.argmax(0), number[wide_label.long()], 4)
+matrix = confusion_matrix(found, number[wide_label.long()], 4)
 for c, counts in zip(four, matrix.tolist()):
     print(f"{names[c]:<20}", *(f"{count:4}" for count in counts))
 k, IoU = four.index(rug), 100 * class_iou(matrix)
