@@ -51,8 +51,8 @@ CLIPS = {  # Hugging Face's names of the four CLIPs; the SHA-256 of OpenAI's fil
 for name, (model, sha256) in zip(NAMES, CLIPS.items()):
     clip, size = name.replace("/", "-").replace("@", "-"), 0.35e9 if "base" in model else 0.93e9
     FILES[f"{clip}.pt"] = [f"{OPENAI}/{sha256}"], size, sha256
-    for file in ("config.json", "pytorch_model.bin"):
-        FILES[f"{clip}/{file}"] = [f"{HUB}/clip-vit-{model}/resolve/main"], 1.8 * size, None
+    for file, about in (("config.json", 5e3), ("pytorch_model.bin", 1.8 * size)):
+        FILES[f"{clip}/{file}"] = [f"{HUB}/clip-vit-{model}/resolve/main"], about, None
 DATA = {  # folder, what is written last in it, bytes when unpacked, terms of use, archives
     "voc": ("VOC2012", "ImageSets/Segmentation/trainaug.txt", 1.5e9,
             "images: Flickr's; masks: SBD names none, cite Hariharan et al. 2011",
@@ -109,7 +109,7 @@ def obtain(name: str, path: Path) -> Path:
             if not (isinstance(error, BROKEN) or start and not partial.exists()):
                 urls = [other for other in urls if other != url]
     raise ValueError(f"{name}: no address works; fetch it elsewhere ({size:,.0f} bytes, checksum "
-                     f"{checksum or 'unknown'}) and put it at {path}, or give --from {path.name}")
+                     f"{checksum or 'unknown'}) and put it at {path}")
 
 
 def unpack(archive: Path, pattern: str, folder: Path, names=None, convert=None) -> None:
