@@ -133,7 +133,7 @@ def test_crops_are_retried_until_no_class_covers_75_percent_of_the_labelled_pixe
     assert sum(0.25 < share < 0.75 for share in shares) > 28  # one try: 7
 
 
-def test_brightness_contrast_saturation_and_hue_change_half_the_time_within_their_ranges():
+def test_brightness_contrast_saturation_and_hue_change_within_their_ranges():
     rng, pixels = np.random.default_rng(0), np.uint8([[(100, 100, 100), (130, 70, 70)]])
     images = [jitter(Image.fromarray(pixels), rng) for _ in range(600)]
     (*_, grey), red = np.array([i.convert("HSV") for i in images])[:, 0].transpose(1, 2, 0)
@@ -141,8 +141,6 @@ def test_brightness_contrast_saturation_and_hue_change_half_the_time_within_thei
     turn = ((red[0].astype(int) + 128) % 256 - 128) * 180 / 256
     assert -20 < turn.min() < -15 and 15 < turn.max() < 20  # 8 bits of a dull red are no finer
     assert red[1].min() < 60 and red[1].max() > 170  # its saturation was 118
-    same = np.mean([(np.array(image) == pixels).all(-1) for image in images], axis=(0, 1))
-    assert 0.2 < same[0] < 0.3 and 0.04 < same[1] < 0.08  # two and four changes
 
 
 def test_several_processes_and_resumed_runs_see_the_stream_of_one_and_its_samples(tmp_path):
@@ -166,7 +164,6 @@ def test_several_processes_and_resumed_runs_see_the_stream_of_one_and_its_sample
     ("masks/one.png", lambda path: miniature.mask(path, [0], (61, 40)), "61, 40.*image .60, 40"),
     ("images/one.jpg", lambda path: IMAGE.save(path, exif=TURNED), "EXIF .* turns .*tools.prepare"),
     ("masks/one.png", lambda path: path.unlink(), "1 of 2 train names missing .one.*tools.prepare"),
-    ("train.txt", lambda path: path.unlink(), "train.txt"),
     ("classes.txt", lambda path: path.write_bytes(b"h\xe4user"), "not UTF-8")])
 def test_a_file_in_another_form_is_refused_in_one_line(tmp_path, file, damage, words):
     damage(miniature.folder(tmp_path) / file)

@@ -18,6 +18,7 @@ def test_classes_have_the_colours_of_voc_and_rugs_their_own_texture():
     tiles = draw.fills([*(f"class {i}" for i in range(20)), "Striped blue rug"])
     assert (tiles[14] == (192, 128, 128)).all() and (tiles[19] == (0, 64, 128)).all()
     assert (tiles[20] == toy.texture("striped", "blue").repeat(3, 0).repeat(3, 1)).all()
+    assert [draw.plain(["crème", "道路"], i) for i in (0, 1)] == ["creme", "1"]
     png = draw.palette_png(HALVES, NAMES)
     assert np.array_equal(png, HALVES) and png.getpalette()[:7] == [128, 0, 0, 0, 128, 0, 255]
 

@@ -150,6 +150,9 @@ def test_recovery_loss_compares_with_patches_and_descriptors_as_in_equations_9_t
         expected = {"l1": (ours - theirs).abs().mean(), "l2": ((ours - theirs) ** 2).mean(),
                     "kd": (p * (p.log() - log_q)).sum(-1).mean()}[kind]
         assert losses[name].item() == pytest.approx(2 * expected.item(), rel=1e-4)
+    recovered, target = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    sum(model.recovery_losses(recovered, target, recovered, target, F.l1_loss)).backward()
+    assert recovered.grad.any() and target.grad is None
 
 
 def test_every_rung_of_table_5_computes_something_else_and_recovery_changes_training_only():

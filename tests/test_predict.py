@@ -64,7 +64,8 @@ def test_a_path_an_image_and_an_array_are_the_same_photo(photo):
 def test_words_with_masks_are_lowered_beside_others_after_inductive_training(tmp_path):
     for words, names, unseen, lower in (
             (None, list(toy.CLASS_NAMES), set(toy.UNSEEN), 0.1),
-            ("a cat; Plain  GREEN rug", ["a cat", "Plain GREEN rug"], {0, 1}, 0)):
+            ("a cat; Plain  GREEN rug", ["a cat", "Plain GREEN rug"], {0, 1}, 0),
+            ("* a cat\nPlain RED rug", ["a cat", "Plain RED rug"], {0}, 0.1)):
         segmenter = Segmenter(TOY_MODEL, words)
         assert (segmenter.names, segmenter.unseen, segmenter.lower) == (names, unseen, lower)
     saved = read_checkpoint(TOY_MODEL)

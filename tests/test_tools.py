@@ -116,7 +116,6 @@ def test_a_released_file_computes_the_same_beside_its_clip_alone(golden, tmp_pat
     torch.testing.assert_close(logits, golden["logits"], atol=1e-4, rtol=0)
     segmenter = Segmenter("ours.pt", device="cpu")
     assert len(segmenter.names) == 171 and len(segmenter.unseen) == 15 and not segmenter.lower
-    assert segmenter.segment(np.zeros((40, 60, 3), np.uint8)).labels.shape == (40, 60)
     assert not (tmp_path / "strange").exists()
     change = {"backbone.proj": 1.01 * golden["state_dict"]["backbone.proj"]}
     (tmp_path / "ours.pt").unlink()

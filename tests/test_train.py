@@ -109,9 +109,7 @@ def steps(monkeypatch) -> list[SimpleNamespace]:
 
 def test_presets_are_the_papers():
     released = dict(batch_size=16, crop_size=512, lr=2e-4, weight_decay=0.01, warmup=1500,
-                    dropout=0.1, scale=(0.5, 2), jitter=True, small_start=False, precision="tf32",
-                    regions=16, update_regions=False, ram=True, align="GR", recovery_loss="l1",
-                    recovery_layers=1)
+                    dropout=0.1, scale=(0.5, 2), jitter=True, small_start=False, regions=16)
     for flags, prompts, loss_weights, iterations in (
             ("voc", 10, (100, 1, 2), 40_000), ("context", 35, (100, 1, 2), 40_000),
             ("coco-stuff", 100, (200, 3, 50), 80_000),
@@ -227,7 +225,6 @@ def test_every_data_set_trains_and_is_evaluated(flags, name, make):
         root = miniature.context(Path("context"))
         crossed = evaluated(f"runs/{name}", "--dataset", "context59", "--data-root", root)
         assert "lowered by 0 (other class names" in crossed and "mAcc" in crossed
-        assert len(re.findall("^(?:  |[*] )[a-z]", crossed, re.M)) == 59
 
 
 def test_only_transductive_training_knows_unseen_names_and_only_supervised_their_masks(
@@ -348,6 +345,11 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_checkpoint(flags
     with mock.patch.object(train, "learning_rate", lambda step, s: 1e30 * (step == 2)):
         assert re.search("step 4: the loss is (nan|inf).*checkpoint is of step 2", refused(*flags))
     assert read_checkpoint("runs/voc/last.pt")["step"] == 2
+
+
+def test_a_loader_without_shared_memory_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(train, "main", lambda: exec("raise RuntimeError('DataLoader worker died')"))
+    assert "worker died; a container needs --shm-size 8g, or --workers 0" in refused()
 
 
 # ----------------------------------------------------------------------------- several processes
