@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=ROWS, default=ROWS, help="(all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
-    parser.add_argument("--out", type=Path, default="runs", help="(runs)")
+    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), default="runs")
     args, flags = parser.parse_known_args()
     flags += ["--resume", "--val-every=1000000", f"--out={args.out}"]  # tested at the end alone
     base = train.parse_settings(flags)

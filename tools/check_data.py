@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--data-root", required=True, type=Path, help="the data set's folder")
     args = parser.parse_args()
-    problems, warnings = map(by_kind, check(args.dataset, args.data_root))
+    problems, warnings = map(by_kind, check(args.dataset, args.data_root.expanduser()))
     print(*(f"warning: {line}" for line in warnings), *problems or ["nothing wrong"], sep="\n")
     sys.exit(2 if problems else 0)
 

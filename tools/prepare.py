@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="the class list")
+    parser.add_argument("--classes", type=lambda text: Path(text).expanduser(), metavar="FILE")
     parser.add_argument("--column", metavar="NAME", help="a class table's column that masks hold")
     parser.add_argument("--unseen", default="", metavar="NAMES", help='unseen classes: "a, b"')
     parser.add_argument("--images", metavar="GLOB", help="which files are images: 'photos/*'")

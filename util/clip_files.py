@@ -43,7 +43,7 @@ def clip_file(name_or_path: str | Path) -> Path:
     """The path of a CLIP's file. Published ones are in ~/.cache/clip-rc, also if a checkpoint says
     where another machine had them. Raises FileNotFoundError."""
     names = {re.sub("[/@]", "-", name) + ".pt": name for name in NAMES}
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     file = {name: file for file, name in names.items()}.get(str(name_or_path), path.name)
     for place in (path, TOY_CLIP, Path(os.path.expanduser("~/.cache/clip-rc"), file)):
         if place.exists() and place.name == file:
