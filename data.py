@@ -83,7 +83,7 @@ def find_files(folder: Path, *suffixes: str) -> dict[str, Path]:
 def read_lines(path: Path) -> list[str]:
     """A UTF-8 file's lines. Raises FileNotFoundError, ValueError."""
     try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8; save the file in that encoding") from None
 
