@@ -144,9 +144,9 @@ def load_start(source: str | Path, model: CLIPRC, settings: dict, resumed: bool)
         free = ["dropout", "recovery_loss"] + ["rdl", "recovery_layers"] * (model.recovery is None)
         same = {k: v for k, v in model.settings.items() if k not in free}  # has no weights: free
         require_same(source, then["model"] | then, same | {"clip_digest": settings["clip_digest"]})
-        saw = {name for i, name in enumerate(then["class_names"])
+        saw = {name.casefold() for i, name in enumerate(then["class_names"])
                if i not in then["unseen"] or then["run"]["setting"] == "supervised"}
-        leaked = saw & {settings["class_names"][i] for i in settings["unseen"]}
+        leaked = saw & {settings["class_names"][i].casefold() for i in settings["unseen"]}
         if leaked and settings["setting"] != "supervised":
             raise ValueError(f"--init {source}: its training saw masks of {min(leaked)}, which is "
                              "unseen here, so the result would not be zero-shot")

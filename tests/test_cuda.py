@@ -39,6 +39,12 @@ def test_training_steps_and_windows_stay_on_the_device_and_take_no_number_to_the
     assert (labels.shape, labels.dtype, scores.dtype) == ((80, 120), torch.uint8, torch.float32)
 
 
+def test_a_device_without_bfloat16_says_so_and_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "slow_bfloat16", lambda device: True)
+    assert processes.start_processes("cpu", "bfloat16").type == "cpu"
+    assert "float32 is faster here" in capsys.readouterr().out
+
+
 def test_the_segmentation_keeps_its_digits_in_bfloat16():
     torch.manual_seed(0)
     network = CLIPRC(make_clip().visual, num_prompts=3, regions=4).eval()

@@ -198,6 +198,7 @@ def test_a_run_ends_with_the_table_that_eval_prints_again(flags, monkeypatch):
         assert line["loss"] == pytest.approx(sum(map(line.get, parts))) and line["images/s"] > 0
     assert logged("runs/voc") == [*range(1, 9)]
     assert read_checkpoint("runs/voc/half.pt")["step"] == 4
+    assert not any("encoder.visual" in name for name in weights("runs/voc"))
     assert all(Image.open(f"runs/voc/{name}.png").width > 200 for name in ("results", "regions"))
     table = printed[printed.index("class (* unseen)"):].split("\n\n")[0]
     row = re.search("CLIP-RC .*", printed)[0]
@@ -214,13 +215,16 @@ def test_a_run_ends_with_the_table_that_eval_prints_again(flags, monkeypatch):
     assert "lowered by 0.1" in other
 
 
-@pytest.mark.parametrize("name, make", [
-    ("context", miniature.context), ("coco-stuff", miniature.coco), ("folder", miniature.folder)])
-def test_every_data_set_trains_and_is_evaluated(flags, name, make):
+@pytest.mark.parametrize("name, make, more, head", [
+    ("context", miniature.context, "--no-ram --regions=0 --small-start", "ZegCLIP"),
+    ("coco-stuff", miniature.coco, "", "CLIP-RC"), ("folder", miniature.folder, "", "CLIP-RC")])
+def test_every_data_set_trains_and_is_evaluated(flags, name, make, more, head, steps):
     printed = succeeds(*flags, "--dataset", name, "--data-root", make(Path(name)), "--iterations",
-                       "2", "--crop-size", "32", "--batch-size", "2")
+                       "2", "--crop-size", "32", "--batch-size", "2", *more.split())
     again = evaluated(f"runs/{name}")
-    assert re.search("CLIP-RC .*", printed)[0] in again and "lowered by 0.1" in again
+    assert re.search(f"{head} .*", printed)[0] in again and "lowered by 0.1" in again
+    if head == "ZegCLIP":
+        assert 0.015 < steps[0].start["zegclip.descriptor_proj.weight"].std() < 0.025
     if name == "coco-stuff":  # Table 4: another data set's class names, nothing lowered
         root = miniature.context(Path("context"))
         crossed = evaluated(f"runs/{name}", "--dataset", "context59", "--data-root", root)
@@ -324,6 +328,8 @@ def test_a_new_run_takes_a_free_folder_and_the_newest_is_resumed_or_continued_tr
         torch.testing.assert_close(tensor, middle[name], atol=1e-5, rtol=0)
     # A run that calls other classes unseen would know masks of its unseen classes.
     assert "saw masks of aeroplane" in refused(*flags, "--unseen", "aeroplane")
+    assert "another regions" in refused(*flags, "--regions", "16")
+    assert not Path("runs/voc-transductive/half.pt").exists()
 
 
 def test_resuming_with_other_settings_images_or_clip_is_refused(flags):
@@ -348,8 +354,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_checkpoint(flags
 
 
 def test_a_loader_without_shared_memory_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(train, "main", lambda: exec("raise RuntimeError('DataLoader worker died')"))
-    assert "worker died; a container needs --shm-size 8g, or --workers 0" in refused()
+    died = "raise RuntimeError('DataLoader worker (pid 3)')"
+    monkeypatch.setattr(train, "main", lambda: exec(died))
+    assert "worker (pid 3); a container needs --shm-size 8g, or --workers 0" in refused()
 
 
 # ----------------------------------------------------------------------------- several processes

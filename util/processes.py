@@ -116,7 +116,7 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         # From a DataLoader's worker comes its traceback, whose last line begins with the type.
         line = str(error).strip().split("\n")[-1].removeprefix(f"{type(error).__name__}: ")
-        if "DataLoader worker" in str(error) and isinstance(error, RuntimeError):
+        if "DataLoader worker (pid" in str(error) or "shared memory" in line:
             error = ValueError(line := line + "; a container needs --shm-size 8g, or --workers 0")
         if isinstance(error, (ValueError, OSError)):
             sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
