@@ -4,7 +4,9 @@
     python docs/make_docs.py --toy-checkpoint runs/toy/last.pt    util/toy.pt, which they need
 
 In the source "# %%" begins a cell of code, "# %% [markdown]" one of prose with {{ numbers }} from
-the run, and "# %% NAME.png: TEXT" one that draws an image, whose code the page does not show.
+the run, "# %% NAME.png: CAPTION" one that draws an image (only the notebook shows its code), and
+"# %% fold: SUMMARY; TEXT" one whose output and text appear when the reader clicks on the summary.
+A line that ends in a backslash goes on in the next one.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from util.images import save_image
 from util.processes import run_script
 
 SOURCE = Path(__file__).resolve().with_name("walkthrough.py")
+FOLD = "<details><summary>{}</summary>\n\n{}\n\n</details>"
 
 
 def excerpt(name: str, first: str = "", last: str = r"\Z") -> str:
@@ -40,7 +43,8 @@ def excerpt(name: str, first: str = "", last: str = r"\Z") -> str:
     docstring, lines = ast.parse(source).body[0].body[0], source.splitlines()
     del lines[docstring.lineno - 1:docstring.end_lineno]
     part = re.search(rf"(?ms)^[^\n]*{first}.*?{last}[^\n]*", "\n".join(lines))[0]
-    return f"[{module}.py](../{module}.py), `{path}`:\n\n```python\n{textwrap.dedent(part)}\n```"
+    code = f"```python\n{textwrap.dedent(part)}\n```"
+    return f"From [{module}.py](../{module}.py), `{path}`:\n\n{code}"
 
 
 def run(code: str, namespace: dict) -> tuple[str, object]:
@@ -55,7 +59,7 @@ def run(code: str, namespace: dict) -> tuple[str, object]:
 def fill_in(prose: str, namespace: dict) -> str:
     """Prose for a page: the values of {{ }}, and blank lines around all that is no plain text."""
     prose = re.sub(r"(?m)^# ?", "", prose)
-    alone = r"#.*|\$\$.*|\{\{ excerpt.*|(?:\|.*\n)+|(?=\*\*Try it)|```.*\n[^`]*```"
+    alone = r"#.*|\$\$.*|\{\{ excerpt.*|(?:\|.*\n)+|(?=\*\*Why)|```.*\n[^`]*```"
     prose = re.sub(r"\n\n+", "\n\n", re.sub(rf"(?m)^({alone})", r"\n\1\n", prose)).strip()
     return re.sub(r"\{\{ *(.+?) *\}\}", lambda it: eval(f'f"""{{{it[1]}}}"""', namespace), prose)
 
@@ -63,7 +67,8 @@ def fill_in(prose: str, namespace: dict) -> str:
 def build(out: Path) -> None:
     """Write walkthrough.md, walkthrough.ipynb and walkthrough/*.png to the folder `out`."""
     toy.draw_world()  # drawn before the first cell, which would show the progress
-    parts = re.split(r"(?m)^# %% ?(.*)\n", SOURCE.read_text("utf-8"))[1:]
+    source = SOURCE.read_text("utf-8").replace(" \\\n# ", " ")
+    parts = re.split(r"(?m)^# %% ?(.*)\n", source)[1:]
     namespace = {"excerpt": excerpt}
     cells = [(head, text.strip(), *run("0" if head == "[markdown]" else text, namespace))
              for head, text in zip(parts[::2], parts[1::2])]
@@ -74,17 +79,26 @@ def build(out: Path) -> None:
             page.append(fill_in(text, namespace))
             notebook.append({"cell_type": "markdown", "metadata": {}, "source": page[-1]})
             continue
-        outputs = [{"output_type": "stream", "name": "stdout", "text": printed}] * bool(printed)
-        if head:
-            (file, caption), folder = head.split(": ", 1), out / "walkthrough"
-            save_image(image, folder / file)
-            page.append(f"![{caption}](walkthrough/{file})")
-            png = {"image/png": base64.b64encode((folder / file).read_bytes()).decode()}
+        outputs, (kind, _, caption), note = [], head.partition(": "), ""
+        if printed:
+            outputs = [{"output_type": "stream", "name": "stdout", "text": printed}]
+            printed = f"\n\n```text\n{printed}```"
+        if kind.endswith(".png"):
+            file, note = out / "walkthrough" / kind, f"*{caption}*"
+            save_image(image, file)
+            png = {"image/png": base64.b64encode(file.read_bytes()).decode()}
             outputs = [{"output_type": "display_data", "metadata": {}, "data": png}]
+            page.append(f"![{kind}](walkthrough/{kind})\n\n{note}")
         else:
-            page.append(f"```python\n{text}\n```" + f"\n\n```text\n{printed}```" * bool(printed))
-        notebook.append({"cell_type": "code", "metadata": {}, "source": text,
-                         "execution_count": None, "outputs": outputs})
+            if kind == "fold":
+                summary, _, more = caption.partition("; ")
+                printed = "\n\n" + FOLD.format(summary, f"{printed}\n\n{more}".strip())
+                note = FOLD.format("What that means", more) if more else ""
+            page.append(f"```python\n{text}\n```{printed}")
+        notebook.append({"cell_type": "code", "source": text, "execution_count": None,
+                         "metadata": {"collapsed": kind == "fold"}, "outputs": outputs})
+        if note:
+            notebook.append({"cell_type": "markdown", "metadata": {}, "source": note})
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python"}, "sha256": sha256}
     document = {"nbformat": 4, "nbformat_minor": 4, "metadata": metadata, "cells": notebook}
     (out / "walkthrough.ipynb").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
