@@ -182,5 +182,5 @@ def convert(source: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit(__doc__)
+        sys.exit(print(__doc__) if "--help" in sys.argv else __doc__)
     run_script(lambda: convert(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,5 +1,4 @@
-"""A run's files: its folder, its log, and checkpoints, which hold a model's settings and trained
-weights and what else belongs to the run: a dictionary of tensors and plain values."""
+"""A run's files: its folder, its log, and checkpoints, dictionaries of tensors and plain values."""
 
 import contextlib
 import json

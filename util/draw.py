@@ -25,8 +25,8 @@ _font = functools.cache(ImageFont.load_default)
 
 def fills(names: Sequence[str]) -> np.ndarray:
     """How the figures paint each class: (C, t, t, 3) uint8 tiles.
-    A rug of the toy world has its own texture. Every other class i has colour i + 1 of VOC's
-    colour map, whose numbers give their bits to red, green and blue in turn, highest bit first."""
+    A rug has its own texture. Another class i has colour i + 1 of VOC's colour map, whose numbers
+    give their bits to red, green and blue in turn, highest bit first."""
     number = np.arange(1, len(names) + 1)[:, None]
     colours = sum((number >> (3 * bit + np.arange(3)) & 1) << (7 - bit) for bit in range(3))
     tiles = [TEXTURES.get(name.lower(), np.full((12, 12, 3), c)) for name, c in zip(names, colours)]
@@ -51,8 +51,7 @@ def palette_png(labels: np.ndarray, names: Sequence[str]) -> Image.Image:
 def _write(pen: ImageDraw.ImageDraw, free: np.ndarray, name: str, starred: bool = False,
            sizes: Sequence[int] = SIZES) -> tuple[slice, slice] | None:
     """Write a name as large as the (H, W) bool area `free` allows, where that is most interior.
-    An outline keeps the letters legible on any background. Returns the rows and columns that the
-    name fills, None where it finds no room."""
+    Returns the rows and columns that it fills, None where it finds no room."""
     name += "*" * starred
     layouts = dict.fromkeys(textwrap.fill(name, n, break_long_words=False)
                             for n in range(len(name), 0, -1))
@@ -124,8 +123,7 @@ def right_and_wrong(image: Image.Image, prediction: np.ndarray, label: np.ndarra
 def figure(rows: Sequence[tuple], headers: Sequence[str], names: Sequence[str],
            unseen: Collection[int]) -> Image.Image:
     """Paper Fig. 6, and Fig. 2, where a label is one class per region. rows: an image, its labels
-    (H, W), and None, or the truth: then the last label is shown by where it is right. A single
-    wide image stands above its labels."""
+    (H, W), and None, or the truth: then the last label is shown by where it is right."""
     size, no_room, tiles = rows[0][0].size, set(), []
     wide = len(rows) == 1 and size[0] > 1.6 * size[1]
     side = 1560 if wide else 1580 // (1 + len(rows[0][1]))
@@ -137,7 +135,7 @@ def figure(rows: Sequence[tuple], headers: Sequence[str], names: Sequence[str],
             tiles[-1].append(right_and_wrong(image, judged, truth, side))
     legend = [] if truth is None else [*zip(VERDICTS, ("right", "wrong"))]
     legend += [(fills(names)[i], plain(names, i) + "*" * (i in unseen)) for i in sorted(no_room)]
-    if wide:
+    if wide:  # the image stands above its labels
         tiles, headers = [[tile] for tile in tiles[0]], ()
     return grid(tiles, headers, legend, NOTE if unseen else "")
 

@@ -1,9 +1,8 @@
 """A small drawn world in the layout of PASCAL VOC, for trying the method on a laptop.
 
-A scene is a floor with one to three rugs. A class is a pattern and a colour: "striped blue rug".
-CLIP has read captions of 24 kinds of rug (docs/pretrain_toy_clip.py). The data set has 20 of them,
-15 with masks. Of the unseen five, four are new combinations of a pattern and a colour that masks
-show, and no mask shows the fifth's colour. Integers alone: a seed's pixels are the same everywhere.
+A scene is a floor with one to three rugs. CLIP has read captions of 24 kinds of rug, patterns and
+colours (docs/pretrain_toy_clip.py). The data set has 20 of them, 15 with masks. Of four of the five
+unseen kinds masks show the pattern and the colour, though not together; the fifth is purple.
 """
 
 import contextlib
@@ -56,7 +55,7 @@ def texture(pattern: str, colour: str) -> np.ndarray:
 
 def draw_scene(rng: np.random.Generator,
                rugs: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """A scene in which each rug lies once and shows at least 100 pixels.
+    """A scene in which each rug shows 100 pixels or more; integers alone, so the same everywhere.
     Returns the image (64, 64, 3) and the mask (64, 64), uint8: 0 the floor, i + 1 the i-th rug."""
     Y, X = np.mgrid[:SIZE, :SIZE]  # int64
     while True:  # until every rug has found a place
