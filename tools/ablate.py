@@ -1,7 +1,6 @@
 """Tables 5-8: train every row with several seeds and print the means beside the paper's figures.
 
-    python -m tools.ablate --seeds 2 --tables 5 7        rows of Tables 5 and 7 on the toy world
-    python -m tools.ablate --jobs 4 --iterations 400     all rows, four runs at a time
+    python -m tools.ablate --seeds 2 --jobs 4 --tables 5 7    two tables, four runs at a time
 
 All other flags are train.py's. OUT/ablate/NAME.txt has what a run prints. Run again, it goes on.
 """
@@ -97,11 +96,11 @@ def main() -> None:
     (args.out / "ablate").mkdir(parents=True, exist_ok=True)
     run_all({out: command for out, command in runs.items() if not result(out)}, args.jobs)
 
-    print(f"mean ± standard deviation of {args.seeds} seeds on {base.dataset}; the paper's on VOC")
+    print(f"mean (standard deviation) of {args.seeds} seeds on {base.dataset}; the paper's on VOC")
     print(" " * 32 + "  hIoU         mIoU(S)       mIoU(U)           hIoU  mIoU(S)  mIoU(U)")
     for line, outs, paper in lines:
         results = np.array([result(out) for out in outs if result(out)])
-        ours = "".join(f"{column.mean():6.1f} ±{column.std():5.1f} " for column in results.T)
+        ours = "".join(f"{f'{x.mean():.1f} ({x.std():.1f})':>13} " for x in results.T)
         none = "no run finished" if outs else "a region would be smaller than 2x2 patches"
         print(f"{line}{ours or none:<42}" + "".join(f"{value:>9.1f}" for value in paper))
 

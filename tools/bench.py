@@ -2,7 +2,7 @@
 
     python -m tools.bench gflops     Table 6: 10^9 multiply-adds of a forward pass
     python -m tools.bench memory     GB of a training step, planned, and the batch that should fit
-    python -m tools.bench speed      seconds and GB, measured; `all` prints all three tables
+    python -m tools.bench speed      measured seconds, GB and losses; `all` prints all three tables
 """
 
 import argparse
@@ -25,9 +25,8 @@ from util.processes import autocast, run_script, start_processes
 PAPER_GFLOPS = {1: 119.8, 4: 121.2, 16: 126.7, 64: 148.9, 256: 238.2, 1024: 609.2}  # Table 6
 
 
-def vit_b16(regions: int, **settings) -> CLIPRC:
-    return CLIPRC(clip.model.VisionTransformer(224, 16, 768, 12, 12, 512), regions=regions,
-                  **settings)
+def vit_b16(regions: int, **more) -> CLIPRC:
+    return CLIPRC(clip.model.VisionTransformer(224, 16, 768, 12, 12, 512), regions=regions, **more)
 
 
 def forward_pass(network: CLIPRC, images: int, precision="float32") -> Callable:
@@ -35,9 +34,9 @@ def forward_pass(network: CLIPRC, images: int, precision="float32") -> Callable:
     x, T = torch.randn(images, 3, 512, 512), torch.randn(20, network.encoder.visual.output_dim)
     network.eval().requires_grad_(False)
 
-    def work() -> None:
+    def work() -> torch.Tensor:
         with torch.no_grad(), autocast(x.device, precision):
-            network(x, F.normalize(T))
+            return network(x, F.normalize(T)).mean()
     return work
 
 
@@ -48,12 +47,14 @@ def training_step(network: CLIPRC, images: int, precision="float32", classes=15)
     trained = [p for p in network.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=x.device.type != "meta")
 
-    def work() -> None:
+    def work() -> torch.Tensor:
         optimizer.zero_grad()
         with autocast(x.device, precision):
-            losses = network.losses(x, labels, T)
-        sum(losses.values()).backward()
-        optimizer.step()
+            loss = sum(network.losses(x, labels, T).values())
+        loss.backward()
+        with torch.device("cpu"):  # AdamW counts its steps there
+            optimizer.step()
+        return loss.detach()
     return work
 
 
@@ -96,24 +97,23 @@ def planned_memory(regions: int, images: int, classes: int = 15) -> float:
 
 
 def measure(case: Callable, regions: int, images: int, precision: str, device: torch.device,
-            rounds: int = 3) -> tuple[float, float]:
-    """A case's mean time in seconds and the most GB of its tensors, after two calls to warm up."""
-    def seconds(times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            work()
-        if cuda:
-            cuda.synchronize()
-        return (time.perf_counter() - start) / times
+            rounds: int) -> tuple[float, float, float]:
+    """A case's last loss, its mean time in seconds and the most GB of its tensors."""
+    def run(times: int) -> tuple[float, float]:
+        start, losses = time.perf_counter(), [work() for _ in range(times)]
+        return losses[-1].item(), (time.perf_counter() - start) / times  # item() waits for a GPU
 
     cuda = torch.cuda if device.type == "cuda" else None
     if cuda:
         cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)  # each precision starts with the same weights and images
     with nullcontext() if cuda else LiveMemory() as live:
         with device:
-            work = case(vit_b16(regions), images, precision)
-        seconds(2)
-    return seconds(rounds), (cuda.max_memory_allocated() if cuda else live.peak) / 1e9
+            network = vit_b16(regions)
+            _ = [part.compile() for part in network.children() if precision == "compiled"]
+            work = case(network, images, precision.replace("compiled", "bfloat16"))
+        run(2)  # warms up
+    return *run(rounds), (cuda.max_memory_allocated() if cuda else live.peak) / 1e9
 
 
 def gflops(device: torch.device) -> Iterator[dict]:
@@ -134,10 +134,12 @@ def speed(device: torch.device) -> Iterator[dict]:
     cuda = device.type == "cuda"
     for case, regions, images in ((forward_pass, 16, 1), (training_step, 16, 16 if cuda else 2),
                                   (training_step, 256, 4 if cuda else 1), (training_step, 1024, 1)):
-        for precision in ("float32", *("tf32", "bfloat16")[:2 * cuda]):
-            mean, GB = measure(case, regions, images, precision, device)
+        for precision in ("float32", *("tf32", "bfloat16", "compiled")[:3 * cuda]):
+            loss, mean, GB = measure(case, regions, images, precision, device, 28 if cuda else 3)
             yield {"case": case.__name__, "M": regions, "batch": images, "precision": precision,
-                   "seconds": mean, "GB": GB}
+                   "seconds": mean, "images/s": images / mean, "value": loss, "GB": GB, "planned":
+                   planned_memory(regions, images) if case is training_step else "-",
+                   "TFLOP/s": 2e-3 * multiply_adds(case, regions, images) / mean}
 
 
 def main() -> None:

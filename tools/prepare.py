@@ -6,8 +6,7 @@ Images and masks lie in folders of their own or side by side; their names differ
 as "image" and "label". Splits: train.txt and val.txt, or else folders, or else a tenth is held out.
 Class list: classes.txt, or what your tool wrote. A line is `fence` (values count from 0) or
 `4 = fence` or `128,64,0 = fence`, with * before an unseen name and - for an ignored one. Without a
-list, write names into OUT.classes.txt and start again. Images become hard links. What must be
-mended, or decided with a flag, ends the program with exit code 2, and there is no OUT.
+list, write names into OUT.classes.txt and start again. What you must mend or decide: exit code 2.
 """
 
 import argparse
