@@ -81,7 +81,8 @@ def test_a_config_that_openais_class_cannot_follow_is_refused(part, key, value, 
         convert(tmp_path, tmp_path / "out.pt")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning",
+                            "ignore::torch.jit.TracerWarning")
 def test_archives_are_read_without_torchscript_and_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     original, inputs = make_clip(), (torch.randn(1, 3, 64, 64), tokenize(["a dog"], 77))
