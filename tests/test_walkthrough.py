@@ -41,3 +41,14 @@ def test_numbers_of_page_and_notebook_come_out_again(tmp_path):
         for old, new in zip(re.findall(number, text), re.findall(number, again)):
             digits = len(old.partition(".")[2])  # one more or less in the last is rounding
             assert abs(float(old.replace(",", "")) - float(new.replace(",", ""))) < 1.5 / 10**digits
+
+
+@pytest.mark.slow
+def test_the_code_that_the_page_shows_runs_in_order_without_that_of_the_figures(monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")
+    blocks = re.findall(r"(?s)(From \[[^\n]*\n\n)?```python\n(.*?)\n```", PAGE.read_text("utf-8"))
+    shown, namespace = [code for excerpt, code in blocks if not excerpt], {}
+    with torch.enable_grad():  # as above
+        for code in shown:
+            exec(code, namespace)
+    assert len(shown) > 15 and namespace["hIoU"]["region tokens read all patches"] < 50
