@@ -59,7 +59,7 @@ def test_all_scripts_start_and_the_default_run_trains_with_spawned_workers(tmp_p
 
 
 def test_apples_gpu_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="mps: .* gives NaN there; give cpu"):
+    with pytest.raises(ValueError, match="mps: .* can give NaN there; give cpu"):
         start_processes("mps")
 
 

@@ -22,7 +22,7 @@ def start_processes(device: str, precision: str = "tf32") -> torch.device:
     """Join the processes that torchrun started, if it did. Returns this process's device. device:
     "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". Raises ValueError for another."""
     if device.startswith("mps"):
-        raise ValueError("--device mps: masked attention with dropout gives NaN there; give cpu")
+        raise ValueError("--device mps: PyTorch's masked attention can give NaN there; give cpu")
     if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ValueError("RANK is set, but not by torchrun; use torchrun, or  unset RANK")
     if device == "auto":

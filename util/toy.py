@@ -1,8 +1,8 @@
 """A small drawn world in the layout of PASCAL VOC, for trying the method on a laptop.
 
 A scene is a floor with one to three rugs. CLIP has read captions of 24 kinds of rug, patterns and
-colours (docs/pretrain_toy_clip.py). The data set has 20 of them, 15 with masks. Of four of the five
-unseen kinds masks show the pattern and the colour, though not together; the fifth is purple.
+colours (docs/pretrain_toy_clip.py). The data set has 20 of them, 15 with masks. For four of the
+five unseen ones, masks show pattern and colour, though not together; the fifth is purple.
 """
 
 import contextlib
