@@ -1,7 +1,7 @@
 """Train CLIP-RC (paper Sec. 4.2): settings, set-up, the loop, the end.
 
     python train.py                         a small drawn world: minutes on a laptop, no download
-    torchrun --nproc-per-node=8 train.py --dataset voc --data-root VOCdevkit/VOC2012     the paper's
+    torchrun --nproc-per-node=8 train.py --dataset voc --data-root data/VOC2012          the paper's
 
 A run writes to --out: log.jsonl (the losses), last.pt (its newest state), half.pt (from the middle
 of an inductive run, where a transductive one starts), and images. You can stop a run at any time;
@@ -52,7 +52,7 @@ PRESETS = {
         "batch_size": 8,  # half the time on a laptop's processor
         "dropout": 0.0,  # 800 steps do not overfit, and dropout takes a third of a CPU's step
         "scale": (1.0, 1.0), "jitter": False,  # 64 pixels are few; another hue is another class
-        "small_start": True},  # from the released start hIoU ends at 0; docs/differences.md
+        "small_start": True},  # from the released start hIoU ends at 0; docs/results.md
 }
 SUPERVISED = {"coco-stuff": (100.0, 1.5, 1.0), "toy": (100.0, 1.0, 2.0)}  # others: no recovery loss
 LOG_EVERY, SAVE_EVERY = 10, 500  # steps

@@ -1,6 +1,6 @@
 """Read every file of a data set once, count its classes and say what is wrong (paper Sec. 4.1).
 
-    python -m tools.check_data --dataset voc --data-root VOCdevkit/VOC2012
+    python -m tools.check_data --dataset voc --data-root data/VOC2012
 
 Exit code 2 if something must be mended. `python data.py --help` shows each data set's folders.
 """

@@ -26,9 +26,9 @@ from util.processes import run_script
 
 SETTINGS = ("inductive", "transductive", "supervised")
 PAPER = {  # where a data set lies, and the paper's hIoU in each setting
-    "voc": ("VOCdevkit/VOC2012", "88.4 (ZegCLIP: 84.3)", 93.0, 93.7),
-    "context": ("VOCdevkit/VOC2010", 51.9, 55.1, 56.7),
-    "coco-stuff": ("coco_stuff164k", 41.2, 49.7, 51.4)}
+    "voc": ("data/VOC2012", "88.4 (ZegCLIP: 84.3)", 93.0, 93.7),
+    "context": ("data/VOC2010", 51.9, 55.1, 56.7),
+    "coco-stuff": ("data/coco_stuff164k", 41.2, 49.7, 51.4)}
 NAMES = {  # parts of the released names and of ours, replaced in this order
     "backbone.region_level_bridge": "encoder.region_tokens", "backbone.prompt_": "encoder.prompt_",
     "backbone.": "encoder.visual.", "decode_head.": "", "lateral_proj.": "ram.image_proj.",
