@@ -86,6 +86,8 @@ def read_lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8; save the file in that encoding") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing; python -m tools.get fetches data sets") from None
 
 
 def read_names(path: Path) -> list[str]:
@@ -96,8 +98,7 @@ def read_names(path: Path) -> list[str]:
 
 def open_dataset(name: str, root: str | Path, split: str, unseen: str | None = None) -> Dataset:
     """Paper Sec. 4.1: find a split ("train" or "val") of one of DATASETS on disk.
-    unseen: other unseen classes than the data set's, comma-separated. Raises FileNotFoundError for
-    a list, an image or a mask that is missing, ValueError for a class that is not there."""
+    unseen: others than the data set's, comma-separated. Raises FileNotFoundError, ValueError."""
     entry, root, note = DATASETS[name], Path(root), ""
     class_names, chosen = entry.get("class_names"), entry.get("unseen")
     if name == "folder":
@@ -229,8 +230,7 @@ class GlobalBatches(torch.utils.data.Sampler):
 
     @functools.lru_cache(maxsize=1)
     def order(self, epoch: int) -> np.ndarray:
-        """An epoch's shuffled images. NumPy ignores zeros at a seed's end: (seed, epoch) alone
-        would be the seed of sample (seed, epoch, 0)."""
+        """An epoch's shuffled images. Its seed ends in 1: NumPy ignores zeros at a seed's end."""
         return np.random.default_rng((self.seed, epoch, self.length, 1)).permutation(self.length)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

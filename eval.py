@@ -221,7 +221,7 @@ def main() -> None:
     add("--workers", type=int, default=2, help="processes that read images; default: 2")
     args = parser.parse_args()
     if bool(args.checkpoint) == args.untrained or args.save and args.save.exists():
-        parser.error("give a checkpoint or --untrained, and a new folder to --save")
+        parser.error("give a checkpoint or --untrained; --save needs a new folder")
     device = start_processes(args.device, args.precision or "tf32")
     checkpoint = {} if args.untrained else read_checkpoint(args.checkpoint)
     run = checkpoint.get("run", {})

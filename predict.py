@@ -193,7 +193,7 @@ def main() -> None:
         inside = [path] if path.is_file() else [
             file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in SUFFIXES]
         if not inside:
-            raise FileNotFoundError(f"{path}: no photo or folder of photos ({', '.join(SUFFIXES)})")
+            raise FileNotFoundError(f"{path}: no photo ({', '.join(SUFFIXES)}) or folder of them")
         photos |= {file.resolve(): file for file in inside}
     segmenter = Segmenter(checkpoint, args.classes, clip=args.clip, device=args.device,
                           precision=args.precision, threshold=args.threshold)

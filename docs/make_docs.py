@@ -66,6 +66,7 @@ def fill_in(prose: str, namespace: dict) -> str:
 
 def build(out: Path) -> None:
     """Write walkthrough.md, walkthrough.ipynb and walkthrough/*.png to the folder `out`."""
+    print("running docs/walkthrough.py takes half a minute", flush=True)
     toy.draw_world()  # drawn before the first cell, which would show the progress
     source = SOURCE.read_text("utf-8").replace(" \\\n# ", " ")
     parts = re.split(r"(?m)^# %% ?(.*)\n", source)[1:]

@@ -176,3 +176,8 @@ def test_running_the_file_draws_a_sheet_of_training_samples(tmp_path, monkeypatc
     monkeypatch.chdir(miniature.folder(tmp_path))
     assert "samples.png" in run("--dataset=folder", "--data-root=.", program="data.py").stdout
     assert Image.open("samples.png").width > 700
+
+
+def test_a_data_set_that_is_not_there_names_what_fetches_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train.txt: missing; python -m tools.get fetches"):
+        data.open_dataset("voc", tmp_path, "train")
