@@ -24,7 +24,7 @@
 # unseen rug's pixels correctly, and
 # {{ (scores.argmax(0) == rug)[label == rug].float().mean():.0%}} if nothing is taken off the seen
 # classes' scores ([Sec. 4.3](#why-01-is-taken-off)). This scene goes well: over 100 scenes the
-# mean IoU of the unseen classes is {{ broken["nothing"]["mIoU_U"]:.1f}} %.
+# mean IoU of the unseen classes is {{ broken["nothing"]["mIoU_U"]:.1f}}%.
 # %%
 import sys
 from pathlib import Path
@@ -71,7 +71,7 @@ answer, _ = label_map(scores, label.shape, seen, LOWER)  # (64, 64), class numbe
 given = torch.where(torch.isin(label, torch.tensor(unseen)), IGNORE, label)  # without unseen rugs
 # %% question.png: The scene, its mask for training, in which the unseen rug is blank, and what \
 # CLIP-RC answers. Yellow names with a star are unseen. Where no score is above 0.1, the picture \
-# of the answer is blank; the 95 % count those pixels, too.
+# of the answer is blank; the 95% count those pixels, too.
 def heat(values, low=0, high=1):  # (h, w): violet is low, green in the middle, yellow high
     grey = Image.fromarray((255 * (values - low) / (high - low)).clamp(0, 255).byte().numpy())
     return draw.fit(ImageOps.colorize(grey, "#440154", "#fde725", "#21918c"), 384)
@@ -305,7 +305,7 @@ draw.grid([[draw.label_image(scene, regions, names, unseen, 384), *tiles]],
 # %% [markdown]
 # This is the observation behind the paper. CLIP as it is names regions well and patches badly:
 # nobody ever asked a patch's token to fit a caption. Patches do hold what is there, but do not say
-# it in the names' language: a linear classifier trained on them names 92 % correctly
+# it in the names' language: a linear classifier trained on them names 92% correctly
 # ([results.md](results.md#ablations-on-the-small-world)). Region tokens say *what* in that
 # language; patches tell *where*. The rest of the method joins the two. **Measured:** in the paper,
 # training makes the regions' answers better; here it changes next to nothing (770 and 771 right of
