@@ -439,21 +439,20 @@ for title, found, original in (
 # The *non-mutually exclusive loss* (NEL) asks about each class by itself: does this pixel show a
 # plain blue rug? **Why?** A softmax would share one unit of probability among the {{ len(seen) }}
 # classes of training, and a pixel of an unseen class, or of the floor, would have to be one of
-# them. A sigmoid can say no to all, and names can be added later. This is an argument; the
-# repository has no softmax loss to measure against.
+# them. A sigmoid can say no to all, and names can be added later. This is an argument, not measured
+# here.
 #
 # The paper writes binary cross entropy. The released code splits $\alpha$ in two: 100 times the
-# **focal** loss ("mask" below) and once the **dice** loss; $\beta$ is 2. Focal is cross entropy
-# times $(1 - p_t)^2$, where $p_t$ is the probability of the right answer, and times 0.25 for a
-# yes, 0.75 for a no, as released. **Why?** Most pixels are an easy no for most classes; the square
-# mutes them. Dice, for each class in the image, is
-# $1 - (2 \sum_i p_i t_i + 1) / (\sum_i p_i + \sum_i t_i + 1)$ with score $p_i$ and truth $t_i$
-# of pixel $i$. **Why?** It counts overlap, as IoU does, so that a small rug matters as much as a
-# large one.
+# **focal** loss ("mask" below) and once the **dice** loss; $\beta$ is 2. **Why 100?** A mean over
+# mostly easy pixels is small, 0.017 below. Focal is cross entropy times $(1 - p_t)^2$, where
+# $p_t$ is the probability of the right answer, and times 0.25 for a yes, 0.75 for a no, as
+# released. **Why?** Most pixels are an easy no for most classes; the square mutes them. Dice, for
+# each class in the image, is $1 - (2 \sum_i p_i t_i + 1) / (\sum_i p_i + \sum_i t_i + 1)$ with
+# score $p_i$ and truth $t_i$ of pixel $i$. **Why?** It counts overlap, as IoU does, so that a
+# small rug matters as much as a large one.
 # {{ excerpt("model.nel_losses", "p_t =", "dice =") }}
 # In training, the {{ names[rug] }} and the floor are "no" for each of the {{ len(seen) }} names.
-# Three training steps on this scene, of a copy of the model (recovery_v is of $I$, recovery_q of
-# $\hat R$):
+# Three training steps of a copy of the model (recovery_v is of $I$, recovery_q of $\hat R$):
 # %%
 numbers = data.seen_classes(dataset).shown  # class number -> number among the seen ones, or 255
 seen_label = torch.from_numpy(numbers[label.numpy()])[None]  # (1, 64, 64)
@@ -490,8 +489,8 @@ draw.grid([[labelled(given), *(heat(each, 0, each.max()) for each in sums)]],
 # times, the unseen ones never. Where both could be meant, the seen name wins. On the
 # {{ names[rug] }}, "{{ names[rival] }}" (seen) scores {{ rug_mean[rival]:.2f}} on average, the
 # true name {{ rug_mean[rug]:.2f}}. So the released code takes {{ LOWER }} off every seen class's
-# score before the largest one wins, if training knew no unseen names. (The paper does not say so,
-# and nothing says why 0.1: it is a setting that fits.)
+# score before the largest one wins, if training knew no unseen names. (The paper does not say so;
+# why 0.1, nothing says.)
 # **Measured** on this scene, then on 100:
 # %%
 rug_mean = scores[:, label == rug].mean(1)  # (C): each name's mean score on the unseen rug
