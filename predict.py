@@ -14,7 +14,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class Segmenter:
         self.lower = LOWER if both else 0.0
         self.threshold = THRESHOLDS.get(run["dataset"], 0.0) if threshold is None else threshold
         self.crop, self.precision = run["crop_size"], precision or run["precision"]
-        self.toy_clip = Path(clip or saved["clip"]).name == TOY_CLIP.name
+        self.toy_clip = PureWindowsPath(clip or saved["clip"]).name == TOY_CLIP.name
         self.device = start_processes(device, self.precision)
         text = saved["text"] if self.names == own else encode_text(
             checkpoint_clip(saved, checkpoint, clip), self.names, saved["templates"])

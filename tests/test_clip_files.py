@@ -42,12 +42,12 @@ def test_another_form_is_refused_with_its_door_and_no_code_is_run(tmp_path, monk
 
 def test_a_published_clip_is_found_by_its_name_and_by_another_machines_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    names = "ViT-B/16", "/home/al/.cache/clip/ViT-B-16.pt"
+    names = "ViT-B/16", "/home/al/.cache/clip/ViT-B-16.pt", "C:\\Users\\al\\ViT-B-16.pt"
     with pytest.raises(FileNotFoundError, match="run  python -m tools.get clip ViT-B/16, or give"):
         clip_file("ViT-B/16")
     (cached := tmp_path / ".cache/clip-rc/ViT-B-16.pt").parent.mkdir(parents=True)
     cached.touch(), (toy := tmp_path / "toy_clip.pt").touch()
-    assert [clip_file(name) for name in (*names, cached)] == [cached] * 3
+    assert [clip_file(name) for name in (*names, cached)] == [cached] * 4
     assert clip_file(toy) == toy and clip_file("/gone/toy_clip.pt") == TOY_CLIP  # code has moved
 
 

@@ -19,7 +19,7 @@ TOY_MODEL = Path(__file__).with_name("toy.pt")  # trained on the toy world by `p
 def newest_run(place: str, or_next: bool = False) -> str:
     """Of the folders PLACE, PLACE-2, PLACE-3 ... the one with the highest number, or the next."""
     numbers = [int(number) for path in Path(place).parent.glob(f"{Path(place).name}-*")
-               if (number := str(path).removeprefix(f"{place}-")).isdigit()]
+               if (number := path.name.removeprefix(f"{Path(place).name}-")).isdigit()]
     number = max([int(Path(place).exists()), *numbers]) + or_next
     return f"{place}-{number}" if number > 1 else place
 

@@ -15,7 +15,7 @@ import sys
 import types
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,8 @@ def clip_file(name_or_path: str | Path) -> Path:
     """The path of a CLIP's file. Published ones are in ~/.cache/clip-rc, also if a checkpoint says
     where another machine had them. Raises FileNotFoundError."""
     names = {re.sub("[/@]", "-", name) + ".pt": name for name in NAMES}
-    path = Path(name_or_path).expanduser()
-    file = {name: file for file, name in names.items()}.get(str(name_or_path), path.name)
+    path, last = Path(name_or_path).expanduser(), PureWindowsPath(name_or_path).name  # any system's
+    file = {name: file for file, name in names.items()}.get(str(name_or_path), last)
     for place in (path, TOY_CLIP, Path(os.path.expanduser("~/.cache/clip-rc"), file)):
         if place.exists() and place.name == file:
             return place
