@@ -7,8 +7,8 @@
     python docs/experiments.py seen        4, 8 and 12 of the 15 seen classes
     python docs/experiments.py figure2     do the regions' answers change, with M = 4 and 60 images?
 
-Each run is train.py with some of its parts replaced before it starts, so that the paper's files
-stay the paper's. Runs stay in runs/experiments; started again, the same command continues.
+Each run is train.py with parts replaced before it starts, so that the paper's files stay the
+paper's. Two run at a time, one thread each, in runs/experiments; the same command continues.
 """
 
 import argparse
@@ -127,8 +127,7 @@ def replace_head(kind: str) -> None:
 def replace_seen(number: str) -> None:
     """Only some of the seen classes have a name and masks; the unseen five stay."""
     seen = [i for i in range(20) if i not in toy.UNSEEN]
-    kept = np.random.default_rng(0).permutation(seen)[:int(number)]
-    kept = sorted([*kept.tolist(), *toy.UNSEEN])
+    kept = sorted([*np.random.default_rng(0).permutation(seen)[:int(number)], *toy.UNSEEN])
     data.DATASETS["toy"] |= dict(
         class_names=[toy.CLASS_NAMES[i] for i in kept], values=[i + 1 for i in kept],
         ignored=[0] + [i + 1 for i in range(20) if i not in kept])
@@ -167,11 +166,9 @@ def main() -> None:
             REPLACE[kind](value)
         del sys.argv[1:3]
         return train.main()
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("word", choices=ROWS)
     parser.add_argument("--seeds", type=int, default=2, help="runs of each row (2)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each one thread (2)")
     args = parser.parse_args()
 
     def run(name: str, changes: list[str], flags: list[str], seed: int) -> list[float]:
@@ -187,12 +184,15 @@ def main() -> None:
         print(f"{name}, seed {seed}: hIoU {result['hIoU']:.1f}{more}", flush=True)
         return [result[key] for key in ("hIoU", "mIoU_S", "mIoU_U")]
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        rows = [(name, [pool.submit(run, name, changes, flags, seed) for seed in range(args.seeds)])
+    pool = ThreadPoolExecutor(2)
+    try:
+        rows = [(name, [pool.submit(run, name, changes, flags, i) for i in range(args.seeds)])
                 for name, changes, flags in ROWS[args.word]]
+        rows = [(name, np.array([each.result() for each in runs]).T) for name, runs in rows]
+    finally:  # after Ctrl-C no other run starts
+        pool.shutdown(cancel_futures=True)
     print(f"| {args.word} | hIoU | mIoU(S) | mIoU(U) |\n|---|---|---|---|")
-    for name, runs in rows:
-        columns = np.array([each.result() for each in runs]).T
+    for name, columns in rows:
         print(f"| {name} |", *(f"{each.mean():.1f} ± {each.std():.1f} |" for each in columns))
 
 
