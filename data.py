@@ -87,7 +87,7 @@ def read_lines(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8; save the file in that encoding") from None
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; python -m tools.get fetches data sets") from None
+        raise FileNotFoundError(f"{path}: missing; tools.get or tools.prepare makes it") from None
 
 
 def read_names(path: Path) -> list[str]:

@@ -178,6 +178,6 @@ def test_running_the_file_draws_a_sheet_of_training_samples(tmp_path, monkeypatc
     assert Image.open("samples.png").width > 700
 
 
-def test_a_data_set_that_is_not_there_names_what_fetches_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train.txt: missing; python -m tools.get fetches"):
+def test_a_data_set_that_is_not_there_names_what_makes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train.txt: missing; tools.get or tools.prepare"):
         data.open_dataset("voc", tmp_path, "train")
