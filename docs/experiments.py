@@ -143,7 +143,7 @@ REPLACE = dict(mask=replace_mask, head=replace_head, seen=replace_seen, images=r
 
 
 def count_regions(last: Path) -> str:
-    """Fig. 2: how many regions of the test scenes are named rightly, untrained and trained."""
+    """Fig. 2: how many regions of the test scenes are named correctly, untrained and trained."""
     saved = read_checkpoint(last)
     network = model.model_from_checkpoint(saved, last)
     dataset = data.open_dataset("toy", toy.draw_world(), "val")
@@ -156,7 +156,7 @@ def count_regions(last: Path) -> str:
                    for each in region_classes(network, image, saved["text"], 64)]
         right += [(each == truth)[truth != IGNORE].sum() for each in answers]
         scored += (truth != IGNORE).sum()
-    return f"of {scored} regions untrained CLIP names {right[0]} rightly, CLIP-RC {right[1]}"
+    return f"of {scored} regions untrained CLIP names {right[0]} correctly, CLIP-RC {right[1]}"
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ def again(**how):
     (again(kind="palette"), "has another colour in other masks' palettes"),
     (again(kind="two"), "no name for 1 of 2 values"), (again(kind="none"), "nothing to score"),
     (again(classes="0 = road\n1 = -\n2 = -"), "the only one, so any model scores 100"),
-    (partial(write, "0\nghost", "val.txt"), "1 lines name no image that has a mask, such as"),
+    (partial(write, "0\nghost", "val.txt"), "1 lines lack an image or mask ('ghost'); fix"),
     (partial(write, "0\n1", "train.txt"), "for validation? --val test: yes; --val tenth: no"),
     (again(image="images/test/{}.png", label="masks/test/{}.png"), "--val test: yes; --val tenth"),
     (lambda root: [write(i, f"{i}/val.txt", root) for i in "01"], "choose with --lists DIR"),

@@ -113,8 +113,8 @@ def obtain(name: str, path: Path) -> Path:
 
 
 def unpack(archive: Path, pattern: str, folder: Path, names=None, convert=None) -> None:
-    """Write an archive's files whose paths end like the pattern into a folder. names: only these
-    stems, all of which must be there. convert: of a file's bytes the image to write as a PNG."""
+    """Write an archive's files whose paths end like the pattern into a folder. names: the stems to
+    take; each must be there. convert: makes an image of a file's bytes, to be written as a PNG."""
     zipped, suffix = archive.suffix == ".zip", ".png" if convert else Path(pattern).suffix
     folder.mkdir(parents=True, exist_ok=True)
     try:

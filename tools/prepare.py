@@ -126,9 +126,8 @@ def read_list(file: Path, images: list[str]) -> list[str]:
     by_name = {out_name(image): image for image in images}
     if others := [line for line in dict.fromkeys(lines) if line not in by_name]:
         by_name |= pair(others, images)
-    if wrong := [line for line in lines if line not in by_name]:
-        raise ValueError(f"{file}: {len(wrong):,} lines name no image that has a mask, such as "
-                         f"'{wrong[0]}'; correct them")
+    if bad := [line for line in lines if line not in by_name]:
+        raise ValueError(f"{file}: {len(bad):,} lines lack an image or mask ('{bad[0]}'); fix them")
     return [*dict.fromkeys(by_name[line] for line in lines)]
 
 

@@ -132,7 +132,7 @@ def clip_digest(clip_model: clip.model.CLIP) -> str:
 
 def tokenize(texts: Sequence[str], context_length: int) -> Tensor:
     """CLIP's text input (len(texts), context_length), int64: start, byte pairs, end, zeros. Raises
-    ValueError for a text of which the encoder would read only the beginning."""
+    ValueError for a text that is too long for the encoder."""
     tokenizer = clip.simple_tokenizer.SimpleTokenizer()
     start, end = tokenizer.encoder["<|startoftext|>"], tokenizer.encoder["<|endoftext|>"]
     tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
