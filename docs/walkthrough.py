@@ -72,7 +72,7 @@ answer, _ = label_map(scores, label.shape, seen, LOWER)  # (64, 64), class numbe
 given = torch.where(torch.isin(label, torch.tensor(unseen)), IGNORE, label)  # without unseen rugs
 # %% question.png: The scene, its mask for training, in which the unseen rug is blank, and what \
 # CLIP-RC answers. Yellow names with a star are unseen. Where no score is above 0.1, the picture \
-# of the answer is blank; the 95% count those pixels, too.
+# of the answer is blank; the 95% include those pixels.
 def heat(values, low=0, high=1):  # (h, w): violet is low, green in the middle, yellow high
     grey = Image.fromarray((255 * (values - low) / (high - low)).clamp(0, 255).byte().numpy())
     return draw.fit(ImageOps.colorize(grey, "#440154", "#fde725", "#21918c"), 384)
